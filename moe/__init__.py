@@ -1,0 +1,1 @@
+"""Train sparse mixture-of-experts Transformers: model, engine, checkpoints, Hugging Face at both ends."""

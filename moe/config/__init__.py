@@ -1,0 +1,34 @@
+"""Every knob of a run: typed, strict, frozen."""
+
+from moe.config.base import Section
+from moe.config.model import AttentionConfig, ModelConfig, MoEConfig
+from moe.config.rules import check_data, check_world
+from moe.config.run import (
+    BalanceConfig,
+    CheckpointConfig,
+    DataConfig,
+    LoggingConfig,
+    OptimizerConfig,
+    ParallelConfig,
+    RunConfig,
+    ScheduleConfig,
+    TrainConfig,
+)
+
+__all__ = [
+    "AttentionConfig",
+    "BalanceConfig",
+    "CheckpointConfig",
+    "DataConfig",
+    "LoggingConfig",
+    "MoEConfig",
+    "ModelConfig",
+    "OptimizerConfig",
+    "ParallelConfig",
+    "RunConfig",
+    "ScheduleConfig",
+    "Section",
+    "TrainConfig",
+    "check_data",
+    "check_world",
+]

@@ -1,0 +1,79 @@
+"""The shape of a decoder-only Transformer, dense or sparse."""
+
+from typing import Literal
+
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+
+from moe.config.base import Section
+
+
+class AttentionConfig(Section):
+    num_heads: PositiveInt
+    """Query heads."""
+    num_kv_heads: PositiveInt | None = None
+    """Key and value heads, each shared by num_heads / num_kv_heads query heads; null: num_heads."""
+    head_dim: PositiveInt | None = None
+    """Width of a head; null: hidden_size / num_heads."""
+    qk_norm: bool = True
+    """RMSNorm over each query and key head before the rotation (Qwen3)."""
+    qkv_bias: bool = False
+    """Biases on the query, key and value projections (Qwen2)."""
+    rope_theta: PositiveFloat = 10000.0
+    """Base of the rotary frequencies (arXiv:2104.09864)."""
+
+
+class MoEConfig(Section):
+    num_experts: PositiveInt
+    """Routed experts in a sparse layer."""
+    top_k: PositiveInt
+    """Experts that each token visits."""
+    expert_intermediate_size: PositiveInt
+    """Width of one expert's SwiGLU."""
+    normalize_top_k: bool = True
+    """Divide the chosen scores by their sum."""
+    first_k_dense: NonNegativeInt = 0
+    """Layers at the bottom that keep a dense feed-forward block (DeepSeek-V2, arXiv:2405.04434)."""
+    shared_expert_intermediate_size: PositiveInt | None = None
+    """Width of an expert that every token visits (arXiv:2401.06066); null: none."""
+    shared_expert_gate: bool = False
+    """Scale the shared expert's output by a learned sigmoid (Qwen2-MoE)."""
+
+
+class ModelConfig(Section):
+    vocab_size: PositiveInt
+    """Rows of the embedding; at least the tokenizer's vocabulary."""
+    hidden_size: PositiveInt
+    """Width of the residual stream."""
+    num_layers: PositiveInt
+    """Decoder layers."""
+    intermediate_size: PositiveInt | None = None
+    """Width of the SwiGLU in dense layers; needed when there are any."""
+    max_sequence_length: PositiveInt = 2048
+    """Positions the exported model declares; training sequences may not be longer."""
+    norm_eps: PositiveFloat = 1e-6
+    """Epsilon of every RMSNorm."""
+    tie_embeddings: bool = False
+    """Use the embedding as the output projection."""
+    init_std: PositiveFloat = 0.02
+    """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
+    attention: AttentionConfig
+    moe: MoEConfig | None = None
+    """The sparse layers; null: a dense model."""
+
+    @property
+    def head_dim(self) -> int:
+        return self.attention.head_dim or self.hidden_size // self.attention.num_heads
+
+    @property
+    def num_kv_heads(self) -> int:
+        return self.attention.num_kv_heads or self.attention.num_heads
+
+    @property
+    def sparse_layers(self) -> range:
+        """Indices of the layers with routed experts."""
+        return range(self.moe.first_k_dense, self.num_layers) if self.moe else range(0)
+
+
+Precision = Literal["fp32", "bf16"]
+BalanceScope = Literal["sequence", "global_batch"]
+Fraction = Field(ge=0.0, le=1.0)

@@ -1,0 +1,127 @@
+"""A whole run: model, data, training, layout, balance, checkpoints, logging."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from moe.config.base import Section
+from moe.config.model import BalanceScope, Fraction, ModelConfig, Precision
+
+Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
+
+
+class DataConfig(Section):
+    path: str
+    """Folder made by `turnout prepare`: shards, manifest, tokenizer."""
+    sequence_length: PositiveInt
+    """Tokens in a training sequence."""
+    verify_hashes: bool = True
+    """Hash every shard against the manifest before training starts."""
+
+
+class OptimizerConfig(Section):
+    learning_rate: PositiveFloat
+    """Peak learning rate of AdamW (arXiv:1711.05101)."""
+    beta1: Beta = 0.9
+    """Decay of the first moment."""
+    beta2: Beta = 0.95
+    """Decay of the second moment."""
+    eps: PositiveFloat = 1e-8
+    """Added to the root of the second moment."""
+    weight_decay: NonNegativeFloat = 0.1
+    """Decoupled decay of matrices; norms and biases are never decayed."""
+    gradient_clipping: NonNegativeFloat = 1.0
+    """Largest global gradient norm; 0 leaves gradients as they are."""
+
+
+class ScheduleConfig(Section):
+    kind: Literal["cosine", "wsd", "constant"] = "cosine"
+    """After the warm-up: a cosine, a plateau with a linear decay at the end, or a plateau."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps of linear warm-up from zero."""
+    decay_steps: PositiveInt | None = None
+    """Steps of the final linear decay; wsd only."""
+    final_fraction: Annotated[float, Fraction] = 0.1
+    """Learning rate at the last step, as a share of the peak; cosine and wsd."""
+
+
+class TrainConfig(Section):
+    steps: PositiveInt
+    """Optimizer steps in the run."""
+    global_batch_size: PositiveInt
+    """Sequences per optimizer step over all ranks; the same for every layout."""
+    micro_batch_size: PositiveInt
+    """Sequences per forward pass on one rank; the rest of the batch is accumulated."""
+    precision: Precision = "bf16"
+    """bf16 keeps float32 master weights; fp32 computes in float32."""
+    activation_recomputation: Literal["none", "block"] = "none"
+    """block: keep only the inputs of each decoder layer and recompute the rest in backward."""
+    evaluate_every: PositiveInt | None = None
+    """Steps between evaluations on the validation split; null: none during training."""
+    optimizer: OptimizerConfig
+    schedule: ScheduleConfig = ScheduleConfig()
+
+
+class ParallelConfig(Section):
+    expert_parallel_size: PositiveInt = 1
+    """Ranks that share the experts of a layer; consecutive ranks form a group."""
+    zero_stage: Literal[0, 1, 2] = 1
+    """What DeepSpeed ZeRO partitions: nothing, optimizer states, gradients too (arXiv:1910.02054)."""
+    timeout_minutes: PositiveFloat = 10.0
+    """How long a collective may wait before the run fails."""
+
+
+class BalanceConfig(Section):
+    load_balancing_weight: NonNegativeFloat = 0.01
+    """Weight of each sparse layer's load-balancing loss (arXiv:2101.03961, eq. 4); 0: none."""
+    load_balancing_scope: BalanceScope = "sequence"
+    """Over what the load is averaged: each sequence, or the whole global batch (arXiv:2501.11873)."""
+    router_z_loss_weight: NonNegativeFloat = 0.001
+    """Weight of each sparse layer's router z-loss (arXiv:2202.08906, eq. 5); 0: none."""
+
+
+class CheckpointConfig(Section):
+    every_steps: PositiveInt | None = None
+    """Steps between checkpoints; null: only at the end and when stopped."""
+    keep: PositiveInt | None = None
+    """Newest checkpoints to keep; null: all."""
+
+
+class LoggingConfig(Section):
+    every_steps: PositiveInt = 1
+    """Steps between records in metrics.jsonl and on the screen."""
+    tensorboard: bool = False
+    """Write TensorBoard events to logs/tensorboard too."""
+    peak_tflops: PositiveFloat | None = None
+    """Peak TFLOP/s of one rank for the MFU; null: the device's data sheet, or a matmul measured at start."""
+
+
+class RunConfig(Section):
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    """The run's name: letters, digits, dot, dash, underscore."""
+    run_dir: str | None = None
+    """The run's folder; null: runs/NAME."""
+    seed: NonNegativeInt = 0
+    """Seed of initialisation and data order."""
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    parallel: ParallelConfig = ParallelConfig()
+    balance: BalanceConfig = BalanceConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Further DeepSpeed settings, passed through as they are after a check of their names."""
+
+    @property
+    def folder(self) -> Path:
+        """Where the run lives."""
+        return Path(self.run_dir or f"runs/{self.name}")
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> "RunConfig":
+        from moe.config import rules  # the rules read RunConfig, so they load after it
+
+        rules.check(self)
+        return self
