@@ -1,0 +1,1 @@
+"""Text -> token shards: sources -> documents -> tokenizer -> encode -> shards -> manifest."""

@@ -1,0 +1,110 @@
+"""Raw bytes or text -> a document, or the reason why there is none."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import xxhash
+
+from moe.data.shards import Amount, FileStamp, SourceFacts
+
+EMPTY = "empty"
+NOT_UTF8 = "invalid UTF-8"
+NULL = "null"
+
+
+@dataclass(frozen=True)
+class Document:
+    """A text that will be trained on; num_bytes is its length in UTF-8."""
+
+    text: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Dropped:
+    """A text that will not be, and why."""
+
+    reason: str
+    num_bytes: int
+
+
+@dataclass(frozen=True)
+class Source:
+    """One source of a recipe: `items` reads it anew at every call; `files` are what it reads, if files."""
+
+    name: str
+    files: tuple[Path, ...]
+    items: Callable[[], Iterator[Document | Dropped]]
+
+    def digest(self) -> str | None:
+        """Hash of the names and contents of `files`; null where there are none to hash."""
+        if not self.files:
+            return None
+        digest = xxhash.xxh3_128()
+        for path in self.files:
+            digest.update(f"{path}\0{FileStamp.of(path).xxh3_128}\0".encode())
+        return digest.hexdigest()
+
+
+@dataclass
+class Account:
+    """What was read from one source, and what became of it."""
+
+    read: Counter[str] = field(default_factory=Counter)
+    kept: Counter[str] = field(default_factory=Counter)
+    dropped: dict[str, Counter[str]] = field(default_factory=dict)
+
+    def reads(self, item: Document | Dropped) -> None:
+        _add(self.read, item.num_bytes)
+        if isinstance(item, Dropped):
+            _add(self.dropped.setdefault(item.reason, Counter()), item.num_bytes)
+
+    def keeps(self, document: Document) -> None:
+        _add(self.kept, document.num_bytes)
+
+    def close(self, source: str, digest: str | None) -> SourceFacts:
+        """The account for the manifest, balanced to the byte."""
+        fates = [self.kept, *self.dropped.values()]
+        assert all(self.read[unit] == sum(fate[unit] for fate in fates) for unit in ("documents", "bytes"))
+        return SourceFacts(
+            source=source,
+            digest=digest,
+            read=_amount(self.read),
+            kept=_amount(self.kept),
+            dropped={reason: _amount(count) for reason, count in sorted(self.dropped.items())},
+        )
+
+
+def from_bytes(raw: bytes) -> Document | Dropped:
+    """UTF-8 text, or dropped: invalid UTF-8, or nothing but white space."""
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError:
+        return Dropped(NOT_UTF8, len(raw))
+    return _if_not_blank(text, len(raw))
+
+
+def from_text(text: str | None) -> Document | Dropped:
+    """As `from_bytes`; a string that UTF-8 cannot hold (half of a surrogate pair) is invalid too."""
+    if text is None:
+        return Dropped(NULL, 0)
+    try:
+        num_bytes = len(text.encode("utf-8"))
+    except UnicodeEncodeError:
+        return Dropped(NOT_UTF8, len(text.encode("utf-8", "surrogatepass")))
+    return _if_not_blank(text, num_bytes)
+
+
+def _if_not_blank(text: str, num_bytes: int) -> Document | Dropped:
+    return Document(text, num_bytes) if text and not text.isspace() else Dropped(EMPTY, num_bytes)
+
+
+def _add(counter: Counter[str], num_bytes: int) -> None:
+    counter["documents"] += 1
+    counter["bytes"] += num_bytes
+
+
+def _amount(counter: Counter[str]) -> Amount:
+    return Amount(documents=counter["documents"], bytes=counter["bytes"])

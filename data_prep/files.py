@@ -1,0 +1,172 @@
+"""Text, JSON lines and parquet files, plain or compressed -> documents."""
+
+import glob
+import gzip
+import json
+import zlib
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from data_prep.documents import Document, Dropped, Source, from_bytes, from_text
+from data_prep.recipe import JsonlSource, ParquetSource, TextSource
+from moe.errors import DataError
+
+_CHUNK = 1 << 20
+_ROWS = 256
+
+
+def text(config: TextSource) -> Source:
+    """A file is a document, or `separator` stands between two."""
+    return _source("text", config.paths, partial(_texts, separator=config.separator))
+
+
+def jsonl(config: JsonlSource) -> Source:
+    """A line is a document; blank lines are none."""
+    return _source("jsonl", config.paths, partial(_lines, text_field=config.text_field))
+
+
+def parquet(config: ParquetSource) -> Source:
+    """A row is a document."""
+    return _source("parquet", config.paths, partial(_rows, text_field=config.text_field))
+
+
+def _source(kind: str, patterns: list[str], read: Any) -> Source:
+    files = _matches(patterns)
+    return Source(
+        f"{kind} {' '.join(patterns)}", files, lambda: (item for path in files for item in read(path))
+    )
+
+
+def _matches(patterns: list[str]) -> tuple[Path, ...]:
+    """Files that match, each once, sorted by path."""
+    found: set[Path] = set()
+    for pattern in patterns:
+        matches = [Path(match) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH207  absolute patterns too
+        files = [match for match in matches if match.is_file()]
+        if not files:
+            what = "only folders match" if matches else "no such file, and nothing matches"
+            raise DataError(
+                f"{pattern}: {what}. Mend the path (it starts from {Path.cwd()}), or use a pattern such as "
+                f"folder/*.jsonl."
+            )
+        found.update(files)
+    return tuple(sorted(found))
+
+
+def _texts(path: Path, separator: str | None) -> Iterator[Document | Dropped]:
+    if separator is None:
+        yield from_bytes(b"".join(_chunks(path)))
+    else:
+        yield from map(from_bytes, _split(_chunks(path), separator.encode()))
+
+
+def _lines(path: Path, text_field: str) -> Iterator[Document | Dropped]:
+    for number, line in enumerate(_split(_chunks(path), b"\n"), start=1):
+        if not line.strip():
+            continue
+        item = from_bytes(line)
+        yield item if isinstance(item, Dropped) else _from_json(item.text, text_field, f"{path}:{number}")
+
+
+def _from_json(line: str, text_field: str, where: str) -> Document | Dropped:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise DataError(
+            f"{where}: this line is not JSON ({error}). Mend or remove it; a file that was cut ends like this."
+        ) from None
+    if not isinstance(row, dict) or text_field not in row:
+        keys = ", ".join(map(repr, row)) if isinstance(row, dict) else f"no object but {row!r:.40}"
+        raise DataError(
+            f"{where}: there is no {text_field!r} in this line, only {keys}. Set the source's text_field."
+        )
+    value = row[text_field]
+    if value is not None and not isinstance(value, str):
+        raise DataError(
+            f"{where}: {text_field!r} is {value!r:.60}, but a document must be a string. Set the source's text_field."
+        )
+    return from_text(value)
+
+
+def _rows(path: Path, text_field: str) -> Iterator[Document | Dropped]:
+    import pyarrow as pa  # half a second that other sources need not pay
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            _check_column(path, file.schema_arrow, text_field)
+            for batch in file.iter_batches(_ROWS, columns=[text_field]):
+                # As bytes, since pyarrow does not promise that strings are UTF-8.
+                for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
+                    yield Dropped("null", 0) if raw is None else from_bytes(raw)
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(
+            f"{path}: this parquet file cannot be read ({_brief(error)}). It is cut or damaged: copy it again."
+        ) from None
+
+
+def _check_column(path: Path, schema: Any, text_field: str) -> None:
+    import pyarrow as pa
+
+    if text_field not in schema.names:
+        raise DataError(
+            f"{path}: there is no column {text_field!r}, only {', '.join(map(repr, schema.names))}. "
+            f"Set the source's text_field."
+        )
+    kind = schema.field(text_field).type
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
+        raise DataError(
+            f"{path}: column {text_field!r} holds {kind}, but a document must be a string. "
+            f"Set the source's text_field."
+        )
+
+
+def _split(chunks: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
+    """What stands between separators; after the last one, only if there is anything."""
+    rest = b""
+    for chunk in chunks:
+        *whole, rest = (rest + chunk).split(separator)
+        yield from whole
+    if rest:
+        yield rest
+
+
+def _chunks(path: Path) -> Iterator[bytes]:
+    """The decompressed bytes of a file; raises `DataError` if it cannot be read to its true end."""
+    import zstandard
+
+    try:
+        with path.open("rb") as file:
+            if path.suffix == ".gz":
+                with gzip.open(file) as plain:
+                    yield from iter(partial(plain.read, _CHUNK), b"")
+            elif path.suffix == ".zst":
+                yield from _unzstd(iter(partial(file.read, _CHUNK), b""))
+            else:
+                yield from iter(partial(file.read, _CHUNK), b"")
+    except (OSError, EOFError, zlib.error, zstandard.ZstdError) as error:
+        raise DataError(
+            f"{path}: this file cannot be read to its end ({_brief(error)}). It is cut or damaged: copy it again."
+        ) from None
+
+
+def _unzstd(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Frames end to end. zstandard's own stream reader takes a cut frame for the end of the file."""
+    import zstandard
+
+    frame = None
+    for chunk in chunks:
+        while chunk:
+            frame = frame or zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(chunk)
+            chunk = frame.unused_data if frame.eof else b""
+            frame = None if frame.eof else frame
+    if frame is not None:
+        raise EOFError("the last zstd frame has no end")
+
+
+def _brief(error: BaseException) -> str:
+    return " ".join((getattr(error, "strerror", None) or str(error)).split())[:200]

@@ -1,0 +1,112 @@
+"""A folder that is complete or not there: written beside its place under a lock, synced, then renamed."""
+
+import fcntl
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe.data.shards import MANIFEST_NAME, Manifest
+from moe.errors import DataError
+
+
+def existing(folder: Path) -> Manifest | None:
+    """What a preparation left in `folder`; null if it is absent or empty.
+
+    Raises `DataError` if something else is there, which is never touched, or a manifest that cannot be read.
+    """
+    if not folder.exists():
+        return None
+    if not folder.is_dir():
+        raise DataError(f"{folder}: the output is to be a folder, but a file is there. Use another output.")
+    if not any(folder.iterdir()):
+        return None
+    if not (folder / MANIFEST_NAME).is_file():
+        raise DataError(
+            f"{folder}: this folder is not empty and has no {MANIFEST_NAME}, so turnout did not make it and will "
+            f"not touch it. Use another output."
+        )
+    try:
+        return Manifest.read(folder)
+    except DataError as error:
+        raise DataError(
+            f"{error} Nothing was touched: remove the folder yourself, or use another output."
+        ) from None
+
+
+@contextmanager
+def workspace(folder: Path, *, replace: bool) -> Iterator[Path]:
+    """An empty folder to write in, which becomes `folder` if the block ends well and vanishes if not.
+
+    With `replace`, what an earlier preparation left in `folder` gives way at the very end.
+    Raises `DataError`: another run is at work on `folder`, something else is in it, or the disk refuses.
+    """
+    place = folder.resolve()
+    unfinished = place.with_name(f".{place.name}.unfinished")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        with _lock(place):
+            occupied = existing(folder) is not None
+            if occupied and not replace:
+                raise DataError(
+                    f"{folder}: another run has just filled it. Use another output, or --overwrite."
+                )
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a run that was killed: we hold the lock
+            unfinished.mkdir()
+            try:
+                yield unfinished
+                _sync(unfinished)
+                _publish(unfinished, place)
+            finally:
+                shutil.rmtree(unfinished, ignore_errors=True)
+    except OSError as error:
+        raise DataError(
+            f"{folder}: writing failed ({error.strerror or error}); nothing was left behind. "
+            f"Check the disk and its permissions, then run the same command again."
+        ) from None
+
+
+def _publish(unfinished: Path, place: Path) -> None:
+    old = place.with_name(f".{place.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if place.exists() and any(place.iterdir()):
+        place.rename(old)
+    unfinished.rename(place)
+    _sync_folder(place.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+@contextmanager
+def _lock(place: Path) -> Iterator[None]:
+    path = place.with_name(f".{place.name}.lock")
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(file.fileno()), path.stat())
+        except (BlockingIOError, FileNotFoundError):
+            held = False  # another run holds it, or has just removed it
+        if not held:
+            raise DataError(f"{place}: another run is preparing this folder. Wait for it, or stop it.")
+        try:
+            yield
+        finally:
+            path.unlink(missing_ok=True)
+
+
+def _sync(folder: Path) -> None:
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        else:
+            _sync_folder(path)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

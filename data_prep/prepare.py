@@ -1,0 +1,229 @@
+"""A recipe -> a data folder: shards, tokenizer, manifest."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from data_prep import files, output, vocabulary
+from data_prep.documents import Account, Document, Dropped, Source
+from data_prep.hub import hub
+from data_prep.progress import watched
+from data_prep.recipe import (
+    BpeTokenizer,
+    DataRecipe,
+    HubSource,
+    JsonlSource,
+    ParquetSource,
+    StdlibSource,
+    TextSource,
+    ValidationSplit,
+)
+from data_prep.splits import SplitWriter
+from data_prep.stdlib import stdlib
+from data_prep.vocabulary import Vocabulary
+from moe import log
+from moe.data.shards import (
+    MANIFEST_NAME,
+    TOKENIZER_NAME,
+    FileStamp,
+    Manifest,
+    SourceFacts,
+    Split,
+    SplitFacts,
+    TokenData,
+    token_dtype,
+)
+from moe.errors import DataError
+
+_SPLITS: tuple[Split, ...] = ("train", "validation")
+_BATCH_BYTES = 1 << 21
+
+
+def prepare(recipe: DataRecipe, *, overwrite: bool = False) -> TokenData:
+    """Make `recipe.folder`, or find it up to date; `overwrite` replaces what an earlier recipe made there.
+
+    Raises `DataError` for sources, tokenizers and folders that cannot be used; the folder is then as it was.
+    """
+    try:
+        return _prepare(recipe, overwrite)
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or recipe.folder}: {error.strerror or error}. Check that it is there and its permissions."
+        ) from None
+
+
+def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
+    sources = [_open(config) for config in recipe.sources]
+    digests = [source.digest() for source in sources]
+    tokenizer = recipe.tokenizer
+    ready = None if isinstance(tokenizer, BpeTokenizer) else vocabulary.load(tokenizer)
+    if not overwrite and _up_to_date(recipe, digests, ready):
+        log.get().info("%s is up to date: nothing to do", recipe.folder)
+        return TokenData.open(recipe.folder, verify=False)
+    with output.workspace(recipe.folder, replace=overwrite) as folder:
+        if isinstance(tokenizer, BpeTokenizer):
+            log.get().info("training a tokenizer of %s tokens", f"{tokenizer.vocab_size:,}")
+            ready = vocabulary.train(tokenizer, sources)
+        assert ready is not None
+        log.get().info("encoding into %s", recipe.folder)
+        manifest = _write(recipe, sources, digests, ready, folder)
+        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    _summarise(manifest, recipe.folder)
+    return TokenData.open(recipe.folder, verify=False)
+
+
+def _open(
+    config: StdlibSource | TextSource | JsonlSource | ParquetSource | HubSource,
+) -> Source:
+    match config:
+        case StdlibSource():
+            return stdlib()
+        case TextSource():
+            return files.text(config)
+        case JsonlSource():
+            return files.jsonl(config)
+        case ParquetSource():
+            return files.parquet(config)
+        case HubSource():
+            return hub(config)
+
+
+def _identity(recipe: DataRecipe) -> dict[str, Any]:
+    """What decides the tokens: the recipe but for where they go."""
+    return recipe.model_dump(mode="json", exclude={"output"})
+
+
+def _up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabulary | None) -> bool:
+    """Whether the folder holds just this, to the byte; raises `DataError` if it holds anything else."""
+    manifest = output.existing(recipe.folder)
+    if manifest is None:
+        return False
+    changed = []
+    if manifest.recipe != _identity(recipe):
+        changed = [key for key, value in _identity(recipe).items() if manifest.recipe.get(key) != value]
+    elif [source.digest for source in manifest.sources] != list(digests):
+        changed = ["the text of the sources"]
+    elif ready and any(manifest.tokenizer.files.get(p.name) != FileStamp.of(p) for p in ready.files):
+        changed = ["the tokenizer's files"]
+    if changed:
+        raise DataError(
+            f"{recipe.folder}: it was made from another recipe or other text ({', '.join(changed)} changed). "
+            f"Use another output, or --overwrite to replace it."
+        )
+    try:
+        TokenData.open(recipe.folder, verify=True)
+    except DataError as damage:
+        raise DataError(
+            f"{recipe.folder}: this recipe made it, but it is damaged. {damage} "
+            f"Use --overwrite to make it again."
+        ) from None
+    return True
+
+
+def _write(
+    recipe: DataRecipe,
+    sources: Sequence[Source],
+    digests: Sequence[str | None],
+    ready: Vocabulary,
+    folder: Path,
+) -> Manifest:
+    tokenizer = ready.save(folder / TOKENIZER_NAME)
+    dtype = token_dtype(tokenizer.vocab_size)
+    with ExitStack() as stack:
+        writers = {split: SplitWriter(folder, split, dtype, recipe.shard_tokens) for split in _SPLITS}
+        for writer in writers.values():
+            stack.callback(writer.abandon)
+        accounts = [
+            _encode(source, digest, ready, writers, recipe.validation)
+            for source, digest in zip(sources, digests, strict=True)
+        ]
+        facts = {split: writer.close() for split, writer in writers.items()}
+    _check_splits(recipe, facts, accounts)
+    return Manifest(
+        recipe=_identity(recipe),
+        dtype=dtype,
+        tokenizer=tokenizer,
+        splits={split: fact for split, fact in facts.items() if fact},
+        sources=accounts,
+    )
+
+
+def _encode(
+    source: Source,
+    digest: str | None,
+    ready: Vocabulary,
+    writers: dict[Split, SplitWriter],
+    validation: ValidationSplit,
+) -> SourceFacts:
+    account = Account()
+    for batch in _batches(watched(source.items(), f"encoding {source.name}")):
+        for item in batch:
+            account.reads(item)
+        documents = [item for item in batch if isinstance(item, Document)]
+        for document, ids in zip(documents, ready.encode([d.text for d in documents]), strict=True):
+            writers[_split(document, validation)].add(ids, document.num_bytes)
+            account.keeps(document)
+    return account.close(source.name, digest)
+
+
+def _batches(items: Iterable[Document | Dropped]) -> Iterator[list[Document | Dropped]]:
+    """Lists of about `_BATCH_BYTES` of text."""
+    so_far = 0
+
+    def block(item: Document | Dropped) -> int:
+        nonlocal so_far
+        so_far += item.num_bytes + 1
+        return so_far // _BATCH_BYTES
+
+    return (list(group) for _, group in groupby(items, key=block))
+
+
+def _split(document: Document, validation: ValidationSplit) -> Split:
+    """By the document's own text, so that order and neighbours are nothing and copies never straddle."""
+    place = xxhash.xxh3_64_intdigest(f"{validation.seed}\0{document.text}".encode())
+    return "validation" if place < validation.fraction * 2**64 else "train"
+
+
+def _check_splits(
+    recipe: DataRecipe, facts: dict[Split, SplitFacts | None], accounts: Sequence[SourceFacts]
+) -> None:
+    kept = sum(account.kept.documents for account in accounts)
+    if not kept:
+        dropped = [f"{a.documents} {why}" for account in accounts for why, a in account.dropped.items()]
+        raise DataError(
+            f"{recipe.name}: no document is left of {sum(account.read.documents for account in accounts)} "
+            f"({', '.join(dropped) or 'the sources are empty'}). Check the sources."
+        )
+    fraction = recipe.validation.fraction
+    for split in _SPLITS:
+        if facts[split] is None and (split == "train" or fraction > 0):
+            raise DataError(
+                f"validation.fraction is {fraction}: of {kept} documents, none fell to {split}. "
+                f"Use more documents, another fraction or validation.seed, or validation.fraction=0."
+            )
+
+
+def _summarise(manifest: Manifest, folder: Path) -> None:
+    say = log.get().info
+    for source in manifest.sources:
+        dropped = "; ".join(f"{amount.documents:,} dropped: {why}" for why, amount in source.dropped.items())
+        say(
+            "%s: %s documents read, %s",
+            source.source,
+            f"{source.read.documents:,}",
+            dropped or "none dropped",
+        )
+    for split, facts in manifest.splits.items():
+        say(
+            "%s: %s documents, %s tokens in %d shards, %.2f bytes a token",
+            split,
+            f"{facts.documents:,}",
+            f"{facts.tokens:,}",
+            len(facts.shards),
+            facts.bytes / facts.tokens,
+        )
+    say("%s is ready: vocabulary of %s tokens", folder, f"{manifest.tokenizer.vocab_size:,}")

@@ -1,0 +1,57 @@
+"""Encoded documents of one split -> its shards."""
+
+from pathlib import Path
+
+from moe.data.shards import PairWriter, ShardFacts, Split, SplitFacts
+
+
+class SplitWriter:
+    """Writes `SPLIT-00000.bin/.idx`, `SPLIT-00001...`; a new shard begins when one has `shard_tokens` tokens."""
+
+    def __init__(self, folder: Path, split: Split, dtype: str, shard_tokens: int) -> None:
+        self.split = split
+        self._folder, self._dtype, self._limit = folder, dtype, shard_tokens
+        self._shards: list[ShardFacts] = []
+        self._pair: PairWriter | None = None
+        self._num_bytes = 0
+
+    def add(self, ids: list[int], num_bytes: int) -> None:
+        """Append a document; `num_bytes` is the length of its text."""
+        if self._pair is None:
+            prefix = self._folder / f"{self.split}-{len(self._shards):05d}"
+            self._pair = PairWriter(prefix, self._dtype)
+        self._pair.add(ids)
+        self._num_bytes += num_bytes
+        if self._pair.num_tokens >= self._limit:
+            self._finish(self._pair)
+
+    def close(self) -> SplitFacts | None:
+        """What was written; null if nothing was."""
+        if self._pair is not None:
+            self._finish(self._pair)
+        if not self._shards:
+            return None
+        return SplitFacts(
+            documents=sum(shard.documents for shard in self._shards),
+            tokens=sum(shard.tokens for shard in self._shards),
+            bytes=self._num_bytes,
+            shards=self._shards,
+        )
+
+    def abandon(self) -> None:
+        """Let go of the open file."""
+        if self._pair is not None:
+            self._pair.abandon()
+
+    def _finish(self, pair: PairWriter) -> None:
+        bin_stamp, idx_stamp = pair.close()
+        self._shards.append(
+            ShardFacts(
+                name=pair.prefix.name,
+                documents=pair.num_documents,
+                tokens=pair.num_tokens,
+                bin=bin_stamp,
+                idx=idx_stamp,
+            )
+        )
+        self._pair = None

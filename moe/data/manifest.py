@@ -1,0 +1,158 @@
+"""`manifest.json`: what a prepared data folder holds, where it came from, and the hash of every file."""
+
+import json
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import xxhash
+from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
+
+from moe.errors import DataError
+from moe.recipe import Section
+
+MANIFEST_NAME = "manifest.json"
+FORMAT: Final = "turnout-tokens"
+FORMAT_VERSION: Final = 1
+
+Split = Literal["train", "validation"]
+TokenType = Literal["uint16", "int32"]
+
+_BLOCK = 1 << 22
+
+
+class FileStamp(Section):
+    """Size and hash of a file."""
+
+    bytes: NonNegativeInt
+    xxh3_128: str
+
+    @classmethod
+    def of(cls, path: Path) -> "FileStamp":
+        """Read all of `path`."""
+        digest, size = xxhash.xxh3_128(), 0
+        with path.open("rb") as file:
+            while block := file.read(_BLOCK):
+                digest.update(block)
+                size += len(block)
+        return cls(bytes=size, xxh3_128=digest.hexdigest())
+
+
+class Amount(Section):
+    """So many documents with so many bytes of text."""
+
+    documents: NonNegativeInt
+    bytes: NonNegativeInt
+
+
+class ShardFacts(Section):
+    """One `.bin`/`.idx` pair."""
+
+    name: str
+    documents: NonNegativeInt
+    tokens: NonNegativeInt
+    bin: FileStamp
+    idx: FileStamp
+
+
+class SplitFacts(Section):
+    """The shards of `train` or `validation`, in order, and their totals; bytes are of UTF-8 text."""
+
+    documents: PositiveInt
+    tokens: PositiveInt
+    bytes: PositiveInt
+    shards: list[ShardFacts]
+
+    @model_validator(mode="after")
+    def _totals_agree(self) -> "SplitFacts":
+        totals = sum(s.documents for s in self.shards), sum(s.tokens for s in self.shards)
+        if totals != (self.documents, self.tokens):
+            raise ValueError(
+                f"the shards hold {totals[0]} documents and {totals[1]} tokens, but the split says "
+                f"{self.documents} and {self.tokens}"
+            )
+        return self
+
+
+class TokenizerFacts(Section):
+    """The tokenizer the shards were made with; `files` lie in the folder `tokenizer`."""
+
+    vocab_size: PositiveInt
+    """One more than the highest id."""
+    eos_id: NonNegativeInt
+    pad_id: NonNegativeInt
+    files: dict[str, FileStamp]
+
+
+class SourceFacts(Section):
+    """What came from one source: read = kept + dropped, in documents and in bytes."""
+
+    source: str
+    digest: str | None
+    """Hash of the names and contents of the files read; null where there are none to hash."""
+    read: Amount
+    kept: Amount
+    dropped: dict[str, Amount]
+    """By reason."""
+
+
+class Manifest(Section):
+    """The whole page. Equal recipes on equal sources give an equal page."""
+
+    format: Literal["turnout-tokens"] = FORMAT
+    version: Literal[1] = FORMAT_VERSION
+    recipe: dict[str, Any]
+    dtype: TokenType
+    tokenizer: TokenizerFacts
+    splits: dict[Split, SplitFacts]
+    sources: list[SourceFacts]
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of the tokenizer and of all shards in order: equal fingerprints, equal tokens."""
+        tokenizer = sorted((name, stamp.xxh3_128) for name, stamp in self.tokenizer.files.items())
+        shards = [
+            (split, shard.bin.xxh3_128, shard.idx.xxh3_128)
+            for split, facts in sorted(self.splits.items())
+            for shard in facts.shards
+        ]
+        return xxhash.xxh3_128_hexdigest(json.dumps([tokenizer, shards]).encode())
+
+    @classmethod
+    def read(cls, folder: Path) -> "Manifest":
+        """Read `folder/manifest.json`; raises `DataError` if it is missing, broken or of another version."""
+        path = folder / MANIFEST_NAME
+        try:
+            page = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            raise DataError(
+                f"{folder}: there is no {MANIFEST_NAME}, so this is not a complete data folder. "
+                f"Give one made by `turnout prepare`, or run it again."
+            ) from None
+        except OSError as error:
+            raise DataError(f"{path}: the manifest cannot be read ({error.strerror}).") from None
+        except (UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise DataError(
+                f"{path}: this is not JSON ({error}). Run `turnout prepare` again, or copy the folder again."
+            ) from None
+        if not isinstance(page, dict) or page.get("format") != FORMAT:
+            raise DataError(
+                f"{path}: this is not a manifest of {FORMAT}. Give a folder made by `turnout prepare`."
+            )
+        if page.get("version") != FORMAT_VERSION:
+            raise DataError(
+                f"{path}: format version {page.get('version')!r}, but this turnout reads version {FORMAT_VERSION}. "
+                f"Prepare the data again, or use the turnout that made it."
+            )
+        try:
+            return cls.model_validate(page)
+        except ValidationError as invalid:
+            fault = invalid.errors(include_url=False)[0]
+            where = ".".join(map(str, fault["loc"])) or "the page"
+            raise DataError(
+                f"{path}: {where}: {fault['msg']}. The manifest was changed or damaged: "
+                f"run `turnout prepare` again, or copy the folder again."
+            ) from None
+
+    def to_json(self) -> str:
+        """As `read` takes it."""
+        return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"

@@ -1,0 +1,191 @@
+"""A folder made by `turnout prepare` -> token ids of a split, checked against its manifest.
+
+FOLDER/manifest.json              what there is, with the hash of every file
+FOLDER/train-00000.bin .idx ...   Megatron pairs; `validation-...` likewise
+FOLDER/tokenizer/                 a Hugging Face tokenizer folder
+"""
+
+import os
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from moe.data.indexed import Index, PairWriter, Tokens, open_tokens, token_dtype
+from moe.data.manifest import (
+    MANIFEST_NAME,
+    Amount,
+    FileStamp,
+    Manifest,
+    ShardFacts,
+    SourceFacts,
+    Split,
+    SplitFacts,
+    TokenizerFacts,
+)
+from moe.errors import DataError
+
+__all__ = [
+    "MANIFEST_NAME",
+    "TOKENIZER_NAME",
+    "Amount",
+    "FileStamp",
+    "Index",
+    "Manifest",
+    "PairWriter",
+    "ShardFacts",
+    "SourceFacts",
+    "Split",
+    "SplitFacts",
+    "TokenData",
+    "TokenizerFacts",
+    "Tokens",
+    "token_dtype",
+]
+
+TOKENIZER_NAME = "tokenizer"
+
+
+@dataclass(frozen=True)
+class TokenData:
+    """A data folder whose files are all there. Splits are `train` and `validation`; one without text is empty."""
+
+    folder: Path
+    manifest: Manifest
+
+    @classmethod
+    def open(cls, folder: str | Path, verify: bool) -> "TokenData":
+        """Open `folder`. Sizes and index headers are always checked, every byte's hash with `verify`.
+
+        Raises `DataError`: no folder, no manifest or a broken one, a file missing, cut or changed.
+        """
+        folder = Path(folder)
+        if not os.path.isdir(folder):  # noqa: PTH112  unlike Path's, it never raises
+            raise DataError(
+                f"{folder}: there is no such folder. Make it with `turnout prepare`, or mend the path."
+            )
+        manifest = Manifest.read(folder)
+        for name, stamp in manifest.tokenizer.files.items():
+            _check_file(folder / TOKENIZER_NAME / name, stamp, verify)
+        for split in manifest.splits.values():
+            for shard in split.shards:
+                _check_shard(folder, shard, manifest.dtype, verify)
+        return cls(folder, manifest)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the highest token id."""
+        return self.manifest.tokenizer.vocab_size
+
+    @property
+    def eos_id(self) -> int:
+        """The token at the end of every document."""
+        return self.manifest.tokenizer.eos_id
+
+    @property
+    def pad_id(self) -> int:
+        """The token that fills rows; it is never predicted."""
+        return self.manifest.tokenizer.pad_id
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal tokens and tokenizer, wherever the folder lies; 32 hexadecimal digits."""
+        return self.manifest.fingerprint
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """A folder that `AutoTokenizer.from_pretrained` reads."""
+        return self.folder / TOKENIZER_NAME
+
+    def num_tokens(self, split: str) -> int:
+        """Tokens of all documents, ends of documents included; 0 for a split without text."""
+        facts = self._facts(split)
+        return facts.tokens if facts else 0
+
+    def num_bytes(self, split: str) -> int:
+        """UTF-8 bytes of the text of all documents; 0 for a split without text."""
+        facts = self._facts(split)
+        return facts.bytes if facts else 0
+
+    def num_documents(self, split: str) -> int:
+        """Documents in the split."""
+        facts = self._facts(split)
+        return facts.documents if facts else 0
+
+    def tokens(self, split: str, start: int, stop: int) -> Tokens:
+        """Ids `[stop - start]`, uint16 or int32, of the split's documents end to end, across shards.
+
+        Read-only memory of the file where one shard holds them all, else a copy.
+        Raises `IndexError` unless 0 <= start <= stop <= num_tokens(split).
+        """
+        if not 0 <= start <= stop <= self.num_tokens(split):
+            raise IndexError(
+                f"tokens {start} to {stop} of {split}, which has {self.num_tokens(split)} tokens"
+            )
+        ends_H, shards = self._shards.get(split, (np.zeros(0, dtype=np.int64), []))
+        first = int(np.searchsorted(ends_H, start, side="right"))
+        parts = []
+        for shard_N, end in zip(shards[first:], ends_H[first:], strict=True):
+            begin = int(end) - len(shard_N)
+            parts.append(shard_N[max(start - begin, 0) : stop - begin])
+            if stop <= end:
+                break
+        if not parts:
+            return np.empty(0, dtype=self.manifest.dtype)
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+
+    def _facts(self, split: str) -> SplitFacts | None:
+        return next((facts for name, facts in self.manifest.splits.items() if name == split), None)
+
+    @cached_property
+    def _shards(self) -> dict[str, tuple[np.typing.NDArray[np.int64], list[Tokens]]]:
+        return {
+            split: (
+                np.cumsum([shard.tokens for shard in facts.shards], dtype=np.int64),
+                [open_tokens(self.folder / f"{s.name}.bin", self.manifest.dtype) for s in facts.shards],
+            )
+            for split, facts in self.manifest.splits.items()
+        }
+
+    def __reduce__(self) -> tuple[type["TokenData"], tuple[Path, Manifest]]:
+        """Pickle the path, not the memory behind it: a spawned process opens the files itself."""
+        return TokenData, (self.folder, self.manifest)
+
+
+def _check_shard(folder: Path, shard: ShardFacts, dtype: str, verify: bool) -> None:
+    bin_path, idx_path = folder / f"{shard.name}.bin", folder / f"{shard.name}.idx"
+    _check_file(bin_path, shard.bin, verify)
+    _check_file(idx_path, shard.idx, verify)
+    index = Index.read(idx_path)
+    said = (index.dtype, len(index.documents_D) - 1, index.num_bytes)
+    true = (dtype, shard.documents, shard.bin.bytes)
+    if said != true or shard.tokens * np.dtype(dtype).itemsize != shard.bin.bytes:
+        raise DataError(
+            f"{idx_path}: it describes {said[1]} documents in {said[2]} bytes of {said[0]}, but {bin_path.name} "
+            f"and the manifest hold {true[1]} in {true[2]} bytes of {true[0]}. Prepare the data again."
+        )
+    if verify:
+        index.check(idx_path)
+
+
+def _check_file(path: Path, stamp: FileStamp, verify: bool) -> None:
+    try:
+        size = path.stat().st_size
+        found = FileStamp.of(path) if verify and size == stamp.bytes else None
+    except FileNotFoundError:
+        raise DataError(
+            f"{path}: the manifest lists this file, but it is missing. Prepare the data again, or copy it again."
+        ) from None
+    except OSError as error:
+        raise DataError(f"{path}: the file cannot be read ({error.strerror}).") from None
+    if size != stamp.bytes:
+        raise DataError(
+            f"{path}: {size} bytes, but the manifest says {stamp.bytes}. The file is cut or was changed: "
+            f"prepare the data again, or copy it again."
+        )
+    if found is not None and found != stamp:
+        raise DataError(
+            f"{path}: its hash is {found.xxh3_128}, but the manifest says {stamp.xxh3_128}. The file was changed "
+            f"or damaged: prepare the data again, or copy it again."
+        )

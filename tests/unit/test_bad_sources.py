@@ -1,0 +1,238 @@
+"""A recipe, a source or a tokenizer that cannot be used: one message, with the way out, and nothing left behind."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from click.testing import CliRunner
+
+from data_prep.run import command
+from tests.unit.corpus import (
+    PREPARED,
+    cut,
+    flip,
+    page,
+    prepared,
+    refused,
+    run,
+    write_jsonl,
+    write_parquet,
+    write_text,
+)
+
+# Recipes
+
+SOUND = {
+    "name": "x",
+    "sources": [{"type": "stdlib"}],
+    "tokenizer": {"type": "bpe", "vocab_size": 300},
+}
+
+RECIPES: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
+    "an unknown key": (SOUND | {"validaton": {}}, ("validaton", "did you mean validation?")),
+    "an unknown key of one source": (
+        SOUND | {"sources": [{"type": "jsonl", "paths": ["a"], "text_feild": "t"}]},
+        ("sources.0", "text_feild", "text_field?"),
+    ),
+    "an option of another source": (
+        SOUND | {"sources": [{"type": "stdlib", "separator": "x"}]},
+        ("sources.0", "separator", "no such setting"),
+    ),
+    "an unknown source": (SOUND | {"sources": [{"type": "jsnl"}]}, ("jsnl", "'jsonl'", "'parquet'")),
+    "a source without a type": (SOUND | {"sources": [{"paths": ["a"]}]}, ("sources.0", "type")),
+    "no source": (SOUND | {"sources": []}, ("sources is []", "at least 1")),
+    "no path": (SOUND | {"sources": [{"type": "text", "paths": []}]}, ("paths is []", "at least 1")),
+    "a vocabulary without merges": (
+        SOUND | {"tokenizer": {"type": "bpe", "vocab_size": 258}},
+        ("vocab_size is 258", "259"),
+    ),
+    "an option of the other tokenizer": (
+        SOUND | {"tokenizer": {"type": "file", "path": "a", "vocab_size": 300}},
+        ("vocab_size", "no such setting"),
+    ),
+    "a fraction of one": (
+        SOUND | {"validation": {"fraction": 1.0}},
+        ("validation.fraction is 1.0", "less than 1"),
+    ),
+    "a seed without effect": (
+        SOUND | {"validation": {"fraction": 0, "seed": 3}},
+        ("seed 3 has no effect with fraction 0",),
+    ),
+    "a shard of nothing": (SOUND | {"shard_tokens": 0}, ("shard_tokens is 0", "greater than 0")),
+    "a name that is a path": (SOUND | {"name": "a/b"}, ("name is 'a/b'",)),
+    "not YAML": ("name: [x", ("not YAML",)),
+}
+
+
+@pytest.mark.parametrize("case", RECIPES)
+def test_a_broken_recipe_is_refused(tmp_path: Path, case: str) -> None:
+    recipe, words = RECIPES[case]
+    refused(run(tmp_path, recipe), *words)
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]
+
+
+def test_a_recipe_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    refused(CliRunner().invoke(command, [str(tmp_path / "none.yaml")]), "none.yaml", "cannot be read")
+
+
+# Sources
+
+
+SOURCES: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
+    "nothing matches": ("text", lambda folder: None, ("a.text: no such file",)),
+    "a folder": (
+        "text",
+        lambda folder: (folder / "a.text").mkdir(),
+        ("a.text: only folders match", "folder/*"),
+    ),
+    "a cut gz": (
+        "jsonl.gz",
+        lambda folder: cut(write_jsonl(folder / "a.jsonl.gz")),
+        ("a.jsonl.gz", "cannot be read to its end", "copy it again"),
+    ),
+    "a flipped byte in a gz": (
+        "jsonl.gz",
+        lambda folder: flip(write_jsonl(folder / "a.jsonl.gz"), -6),
+        ("a.jsonl.gz", "cannot be read to its end", "CRC"),
+    ),
+    "a gz that is none": (
+        "text.gz",
+        lambda folder: (folder / "a.text.gz").write_bytes(b"plain"),
+        ("a.text.gz", "Not a gzipped file"),
+    ),
+    "a cut zst": (
+        "jsonl.zst",
+        lambda folder: cut(write_jsonl(folder / "a.jsonl.zst")),
+        ("a.jsonl.zst", "the last zstd frame has no end", "copy it again"),
+    ),
+    "a zst that is none": (
+        "text.zst",
+        lambda folder: (folder / "a.text.zst").write_bytes(b"plain text"),
+        ("a.text.zst", "cannot be read to its end"),
+    ),
+    "a cut parquet": (
+        "parquet",
+        lambda folder: cut(write_parquet(folder / "a.parquet")),
+        ("a.parquet: this parquet file cannot be read", "copy it again"),
+    ),
+    "a flipped page header in a parquet": (
+        "parquet",
+        lambda folder: flip(write_parquet(folder / "a.parquet"), 5),
+        ("a.parquet: this parquet file cannot be read",),
+    ),
+    "no such column": (
+        "parquet",
+        lambda folder: write_parquet(folder / "a.parquet", field="content"),
+        ("a.parquet: there is no column 'text', only 'content', 'n'", "text_field"),
+    ),
+    "a column of numbers": (
+        "parquet",
+        lambda folder: write_parquet(folder / "a.parquet", [1, 2]),
+        ("column 'text' holds int64", "text_field"),
+    ),
+    "no such key": (
+        "jsonl",
+        lambda folder: write_jsonl(folder / "a.jsonl", field="content"),
+        ("a.jsonl:1: there is no 'text' in this line, only 'content', 'n'", "text_field"),
+    ),
+    "a key of numbers": (
+        "jsonl",
+        lambda folder: write_jsonl(folder / "a.jsonl", ["x", 7]),
+        ("a.jsonl:2: 'text' is 7", "must be a string"),
+    ),
+    "a cut last line": (
+        "jsonl",
+        lambda folder: cut(write_jsonl(folder / "a.jsonl"), 0.995),
+        ("a.jsonl:60: this line is not JSON", "Mend or remove it"),
+    ),
+    "a line that is a list": (
+        "jsonl",
+        lambda folder: write_text(folder / "a.jsonl", b"[1, 2]\n"),
+        ("a.jsonl:1: there is no 'text' in this line, only no object but [1, 2]",),
+    ),
+    "only dropped documents": (
+        "text",
+        lambda folder: write_text(folder / "a.text", b"\xff\xff"),
+        ("no document is left of 1 (1 invalid UTF-8)",),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", SOURCES)
+def test_a_source_that_cannot_be_used_is_refused(tmp_path: Path, yard_tokenizer: Path, case: str) -> None:
+    suffix, make, words = SOURCES[case]
+    make(tmp_path)
+    source = {"type": suffix.partition(".")[0], "paths": [str(tmp_path / f"a.{suffix}")]}
+    before = sorted(path.name for path in tmp_path.iterdir())
+    result = run(tmp_path, page(tmp_path, [source], tokenizer={"type": "file", "path": str(yard_tokenizer)}))
+    refused(result, *words)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "recipe.yaml"])
+
+
+def test_a_dataset_out_of_reach_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import datasets
+
+    def unreachable(*args: object, **kwargs: object) -> None:
+        raise ConnectionError("Couldn't reach 'a/b' on the Hub")
+
+    monkeypatch.setattr(datasets, "load_dataset", unreachable)
+    result = run(tmp_path, page(tmp_path, [{"type": "hub", "dataset": "a/b"}]))
+    refused(result, "a/b: the dataset cannot be read (ConnectionError: Couldn't reach", "the network")
+
+
+def test_a_dataset_without_the_column_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "dataset").mkdir()
+    write_jsonl(tmp_path / "dataset" / "train.jsonl", field="story")
+    source = {"type": "hub", "dataset": str(tmp_path / "dataset")}
+    refused(run(tmp_path, page(tmp_path, [source])), "there is no column 'text', only 'story', 'n'")
+    result = run(tmp_path, page(tmp_path, [source | {"split": "tset"}]))
+    refused(result, "the dataset cannot be read", "tset")
+
+
+# Tokenizers and splits
+
+
+@pytest.fixture(scope="module")
+def yard_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    source = {"type": "jsonl", "paths": [str(write_jsonl(folder / "a.jsonl"))]}
+    return prepared(folder, [source]).tokenizer_folder
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"type": "bpe", "vocab_size": 5000}, ("vocab_size is 5000", "tokens only", "vocab_size=")),
+        ({"type": "file", "path": "{}/none"}, ("none: there is no tokenizer.json",)),
+        ({"type": "file", "path": "{}/broken"}, ("this is not a tokenizer", "Save it again")),
+        (
+            {"type": "file", "path": "{}/yard", "eos_token": "</s>"},
+            ("no token '</s>'", "tokenizer.eos_token"),
+        ),
+        ({"type": "file", "path": "{}/yard", "pad_token": "<p>"}, ("no token '<p>'", "tokenizer.pad_token")),
+    ],
+)
+def test_a_tokenizer_that_cannot_be_used_is_refused(
+    tmp_path: Path, yard_tokenizer: Path, settings: dict[str, Any], words: tuple[str, ...]
+) -> None:
+    home = tmp_path / "tokenizers"
+    shutil.copytree(yard_tokenizer, home / "yard")
+    (home / "broken").mkdir()
+    (home / "broken" / "tokenizer.json").write_text('{"model": 3}')
+    path = write_jsonl(tmp_path / "a.jsonl")
+    recipe = page(tmp_path, [{"type": "jsonl", "paths": [str(path)]}])
+    recipe["tokenizer"] = {
+        key: str(value).format(home) if key == "path" else value for key, value in settings.items()
+    }
+    refused(run(tmp_path, recipe), *words)
+    assert not (tmp_path / PREPARED).exists()
+
+
+@pytest.mark.parametrize(("fraction", "split"), [(1e-9, "validation"), (0.999999, "train")])
+def test_a_split_that_stays_empty_is_refused(tmp_path: Path, fraction: float, split: str) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl")
+    recipe = page(tmp_path, [{"type": "jsonl", "paths": [str(path)]}], validation={"fraction": fraction})
+    refused(run(tmp_path, recipe), "validation.fraction is", f"of 60 documents, none fell to {split}")
+    assert not (tmp_path / PREPARED).exists()
