@@ -1,0 +1,157 @@
+"""Launcher environment -> ranks, devices and process groups, passed on as values."""
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import TypeVar, cast
+
+import torch
+import torch.distributed as dist
+
+from moe.config import ParallelConfig
+from moe.errors import LaunchError
+
+Group = dist.ProcessGroup
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Where this process stands. One process without torch.distributed has no groups."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    expert_parallel_size: int = 1
+    expert_group: Group | None = None
+    """The consecutive ranks that share the experts of a layer."""
+    control_group: Group | None = None
+    """All ranks over gloo, for small agreements that must not wait for the device."""
+
+    @property
+    def expert_rank(self) -> int:
+        """Position in the expert-parallel group."""
+        return self.rank % self.expert_parallel_size
+
+    @property
+    def expert_data_rank(self) -> int:
+        """Position among the ranks that hold the same experts."""
+        return self.rank // self.expert_parallel_size
+
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the rank that talks to the user and owns the run folder."""
+        return self.rank == 0
+
+    def sum(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over all ranks, in place; returns `tensor`."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def any(self, flag: bool) -> bool:
+        """Whether any rank says yes; all ranks get the same answer. Never waits for the device."""
+        if self.world_size == 1:
+            return flag
+        votes = torch.tensor(int(flag))
+        dist.all_reduce(votes, dist.ReduceOp.MAX, group=self.control_group)
+        return bool(votes)
+
+    def gather(self, value: T) -> list[T]:
+        """The values of all ranks, in order, on every rank; for small plain data."""
+        if self.world_size == 1:
+            return [value]
+        values: list[T | None] = [None] * self.world_size
+        dist.all_gather_object(values, value, group=self.control_group)
+        return cast("list[T]", values)
+
+    def barrier(self) -> None:
+        """Wait until every rank is here."""
+        if self.world_size > 1:
+            dist.barrier(group=self.control_group)
+
+
+def world_size_from_environment() -> int:
+    """The number of ranks that a launcher announced; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+
+
+def rank_from_environment() -> int:
+    """This process's rank as the launcher announced it; 0 without a launcher."""
+    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+
+
+@contextmanager
+def start(parallel: ParallelConfig) -> Iterator[Ranks]:
+    """Join the process group that the launcher describes and make the expert-parallel groups.
+
+    Works under deepspeed, torchrun, accelerate, srun, and plain python (one rank). NCCL with CUDA, else gloo.
+    Raises `LaunchError` if the environment is incomplete.
+    """
+    rank, world_size = rank_from_environment(), world_size_from_environment()
+    local_rank = int(os.environ.get("LOCAL_RANK") or os.environ.get("SLURM_LOCALID") or 0)
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE") or os.environ.get("SLURM_NTASKS_PER_NODE") or 1)
+    device = _device(local_rank)
+    if device.type == "cpu" and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
+    timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
+    _join(rank, world_size, device, timeout)
+    try:
+        yield _ranks(rank, world_size, local_rank, device, parallel.expert_parallel_size, timeout)
+    finally:
+        dist.destroy_process_group()
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    if local_rank >= torch.cuda.device_count():
+        raise LaunchError(
+            f"local rank {local_rank} has no GPU: this node shows {torch.cuda.device_count()}. "
+            f"Start at most that many processes per node."
+        )
+    torch.cuda.set_device(local_rank)
+    return torch.device("cuda", local_rank)
+
+
+def _join(rank: int, world_size: int, device: torch.device, timeout: datetime.timedelta) -> None:
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if world_size == 1:
+        store = dist.HashStore()  # type: ignore[attr-defined]  # exported at run time only
+        dist.init_process_group(backend, store=store, rank=0, world_size=1, timeout=timeout)
+        return
+    missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not os.environ.get(name)]
+    if missing:
+        raise LaunchError(
+            f"{world_size} ranks were announced, but {' and '.join(missing)} not set: ranks cannot meet. "
+            f"Export them, or start through `turnout train --nproc`, deepspeed, torchrun or accelerate."
+        )
+    dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
+
+
+def _ranks(
+    rank: int,
+    world_size: int,
+    local_rank: int,
+    device: torch.device,
+    expert_parallel_size: int,
+    timeout: datetime.timedelta,
+) -> Ranks:
+    mine = None
+    for first in range(0, world_size, expert_parallel_size):
+        members = list(range(first, first + expert_parallel_size))
+        group = dist.new_group(members, timeout=timeout)
+        if rank in members:
+            mine = group
+    return Ranks(
+        rank=rank,
+        world_size=world_size,
+        local_rank=local_rank,
+        device=device,
+        expert_parallel_size=expert_parallel_size,
+        expert_group=mine,
+        control_group=dist.new_group(backend="gloo", timeout=timeout),
+    )

@@ -1,0 +1,60 @@
+"""A model's shape -> parameters and FLOPs, by arithmetic alone."""
+
+from dataclasses import dataclass
+
+from moe.config import ModelConfig
+
+
+@dataclass(frozen=True)
+class Count:
+    """Sizes of a model at a sequence length."""
+
+    total_parameters: int
+    active_parameters: int
+    """Parameters that one token's forward pass uses."""
+    flops_per_token: int
+    """Forward and backward: 6 per active matmul parameter (head included, embedding not), and attention with
+    its causal half counted once."""
+
+    def sentence(self) -> str:
+        """For the log."""
+        return (
+            f"{_short(self.total_parameters)} parameters, {_short(self.active_parameters)} active per token, "
+            f"{self.flops_per_token / 1e9:.3g} GFLOP per token"
+        )
+
+
+def count(config: ModelConfig, sequence_length: int) -> Count:
+    """Count a model without building it."""
+    hidden, heads = config.hidden_size, config.attention.num_heads
+    query, kv = heads * config.head_dim, config.num_kv_heads * config.head_dim
+    attention = hidden * query * 2 + hidden * kv * 2
+    extras = 2 * hidden + (2 * config.head_dim if config.attention.qk_norm else 0)
+    extras += query + 2 * kv if config.attention.qkv_bias else 0
+    sparse = len(config.sparse_layers)
+    dense = config.num_layers - sparse
+    total = config.num_layers * attention + dense * 3 * hidden * (config.intermediate_size or 0)
+    active = total
+    if config.moe is not None:
+        moe = config.moe
+        expert = 3 * hidden * moe.expert_intermediate_size
+        always = hidden * moe.num_experts + 3 * hidden * (moe.shared_expert_intermediate_size or 0)
+        always += hidden if moe.shared_expert_gate else 0
+        total += sparse * (always + moe.num_experts * expert)
+        active += sparse * (always + moe.top_k * expert)
+    head = config.vocab_size * hidden
+    small = config.num_layers * extras + hidden
+    embedding = 0 if config.tie_embeddings else head
+    causal_attention = 6 * query * sequence_length * config.num_layers
+    return Count(
+        total_parameters=total + head + embedding + small,
+        active_parameters=active + head + embedding + small,
+        flops_per_token=6 * (active + head) + causal_attention,
+    )
+
+
+def _short(number: int) -> str:
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g} {unit}"
+    return str(number)

@@ -1,0 +1,76 @@
+"""The last hidden states -> logits, or straight to the cross-entropy without holding them all.
+
+T tokens, D width, V vocabulary, C tokens in a chunk.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+CHUNK_ELEMENTS = 1 << 24
+"""Logits held at a time: 64 MiB in float32, whatever the batch and the vocabulary."""
+
+
+class Head(nn.Module):
+    """Projection to the vocabulary; with labels, the summed cross-entropy of unmasked tokens."""
+
+    def __init__(self, hidden_size: int, vocab_size: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, hidden_size))
+
+    def forward(self, h: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """[..., D] -> logits [..., V]; or, with int64 `labels` [...], a float32 scalar: nats, summed.
+
+        Tokens whose `mask` (bool [...]) is False add nothing.
+        """
+        if labels is None:
+            return h @ self.weight.t()
+        kept = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+        loss: Tensor = _LinearCrossEntropy.apply(
+            h.flatten(0, -2), self.weight, labels.flatten(), kept.flatten()
+        )
+        return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    """sum_t -log softmax(W h_t)[label_t], chunk by chunk, with its gradients made on the way.
+
+    The loss is linear in the gradient that comes back, so both gradients can be formed while a chunk's logits
+    are at hand, and only [T, D] and [V, D] are kept (as Liger Kernel does, arXiv:2410.10989, section 3.2).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+        wide = torch.promote_types(h_TD.dtype, torch.float32)
+        total = torch.zeros((), dtype=wide, device=h_TD.device)
+        backward = any(ctx.needs_input_grad)
+        grad_h_TD = torch.empty_like(h_TD) if backward else None
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if backward else None
+        chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
+        for start in range(0, h_TD.shape[0], chunk):
+            here = slice(start, start + chunk)
+            h_CD, labels_C1 = h_TD[here], labels_T[here].unsqueeze(1)
+            mask_C1 = mask_T[here].unsqueeze(1).to(wide)
+            logits_CV = (h_CD @ weight_VD.t()).to(wide)
+            log_sum_exp_C1 = torch.logsumexp(logits_CV, dim=1, keepdim=True)
+            total += ((log_sum_exp_C1 - logits_CV.gather(1, labels_C1)) * mask_C1).sum()
+            if grad_h_TD is None or grad_weight_VD is None:
+                continue
+            grad_CV = logits_CV.sub_(log_sum_exp_C1).exp_()
+            grad_CV.scatter_add_(1, labels_C1, -torch.ones_like(mask_C1)).mul_(mask_C1)
+            narrow_CV = grad_CV.to(h_TD.dtype)
+            torch.mm(narrow_CV, weight_VD, out=grad_h_TD[here])
+            if wide == h_TD.dtype:
+                grad_weight_VD.addmm_(narrow_CV.t(), h_CD)
+            else:
+                grad_weight_VD += narrow_CV.t() @ h_CD
+        if backward:
+            ctx.save_for_backward(grad_h_TD, grad_weight_VD)
+            ctx.weight_dtype = weight_VD.dtype
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        grad_h_TD, grad_weight_VD = ctx.saved_tensors
+        return grad_h_TD * grad.to(grad_h_TD.dtype), (grad_weight_VD * grad).to(ctx.weight_dtype), None, None

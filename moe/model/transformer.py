@@ -1,0 +1,77 @@
+"""Token ids -> logits, or the summed cross-entropy and every sparse layer's routing.
+
+B sequences, S positions, D width, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moe.config import ModelConfig
+from moe.model.block import Block
+from moe.model.head import Head
+from moe.model.norm import RMSNorm
+from moe.model.rope import rotation
+from moe.sparse import ExpertLayout, RoutingRecord
+
+
+@dataclass(frozen=True)
+class ModelOutput:
+    """What a forward pass with labels gives."""
+
+    cross_entropy: Tensor
+    """float32 scalar: nats, summed over unmasked tokens."""
+    records: tuple[RoutingRecord, ...]
+    """Routing of each sparse layer, bottom to top."""
+
+
+class Transformer(nn.Module):
+    """Embedding, decoder layers, norm, head. Weights are uninitialised: see `moe.model.init.initialize`."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        layout: ExpertLayout | None = None,
+        recompute: Literal["none", "block"] = "none",
+    ) -> None:
+        """`layout` places the experts (default: all here); `recompute` says what backward computes again."""
+        super().__init__()
+        self.config = config
+        self.recompute = recompute
+        layout = layout or ExpertLayout(config.moe.num_experts if config.moe else 1)
+        self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, index, layout) for index in range(config.num_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.head = Head(config.hidden_size, config.vocab_size)
+        if config.tie_embeddings:
+            self.embed.weight = self.head.weight
+
+    def forward(
+        self, input_ids_BS: Tensor, labels_BS: Tensor | None = None, mask_BS: Tensor | None = None
+    ) -> Tensor | ModelOutput:
+        """Logits [B, S, V]; with labels (int64 [B, S], the next tokens), a `ModelOutput` instead.
+
+        Positions whose `mask_BS` (bool) is False add to no loss and no count.
+        """
+        x_BSD = self.embed(input_ids_BS)
+        turn = rotation(
+            input_ids_BS.shape[1], self.config.head_dim, self.config.attention.rope_theta, x_BSD.device
+        )
+        records = []
+        for layer in self.layers:
+            if self.recompute == "block" and torch.is_grad_enabled():
+                x_BSD, record = checkpoint(
+                    layer, x_BSD, turn, mask_BS, use_reentrant=False, preserve_rng_state=False
+                )
+            else:
+                x_BSD, record = layer(x_BSD, turn, mask_BS)
+            if record is not None:
+                records.append(record)
+        h_BSD = self.norm(x_BSD)
+        if labels_BS is None:
+            logits_BSV: Tensor = self.head(h_BSD)
+            return logits_BSV
+        return ModelOutput(self.head(h_BSD, labels_BS, mask_BS), tuple(records))

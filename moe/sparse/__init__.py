@@ -1,0 +1,7 @@
+"""The sparse layer: router -> dispatch -> experts -> combine."""
+
+from moe.sparse.layer import SparseMoE
+from moe.sparse.plan import ExpertLayout
+from moe.sparse.router import RoutingRecord
+
+__all__ = ["ExpertLayout", "RoutingRecord", "SparseMoE"]

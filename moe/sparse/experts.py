@@ -1,0 +1,89 @@
+"""Rows sorted by expert -> each expert's SwiGLU of its rows.
+
+R rows, D width, F expert width, e experts held here.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moe.sparse.plan import ExpertLayout
+
+
+class Experts(nn.Module):
+    """down(silu(gate x) * up x) for each local expert (arXiv:2002.05202), gate and up in one weight."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int, layout: ExpertLayout) -> None:
+        super().__init__()
+        self.layout = layout
+        self.gate_up = nn.Parameter(torch.empty(layout.num_local_experts, 2 * intermediate_size, hidden_size))
+        self.down = nn.Parameter(torch.empty(layout.num_local_experts, hidden_size, intermediate_size))
+
+    def forward(self, rows_RD: Tensor, rows_per_expert: list[int]) -> Tensor:
+        """[R, D] -> [R, D]; `rows_per_expert` sums to R. An expert without rows gets a zero gradient."""
+        if rows_RD.is_cuda and rows_RD.dtype != torch.float64:
+            return _on_cuda(rows_RD, rows_per_expert, self.gate_up, self.down)
+        return _LoopedSwiGLU.apply(rows_RD, rows_per_expert, self.gate_up, self.down)  # type: ignore[no-any-return]  # Function.apply is untyped
+
+
+def _on_cuda(rows_RD: Tensor, rows_per_expert: list[int], gate_up: Tensor, down: Tensor) -> Tensor:
+    ends = torch.tensor(rows_per_expert, device=rows_RD.device).cumsum(0).to(torch.int32)
+    gate, up = F.grouped_mm(rows_RD, gate_up.transpose(1, 2), offs=ends).chunk(2, dim=-1)
+    return F.grouped_mm(F.silu(gate) * up, down.transpose(1, 2), offs=ends)
+
+
+class _LoopedSwiGLU(torch.autograd.Function):
+    """One autograd node for all experts, each writing its rows and weight gradients in place.
+
+    Indexing a stacked parameter expert by expert would make autograd build a zero [e, ...] gradient for each.
+    Kept for backward per row: D inputs and 2F pre-activations.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows_RD: Tensor, rows_per_expert: list[int], gate_up: Tensor, down: Tensor
+    ) -> Tensor:
+        gate_up_RF = rows_RD.new_empty(rows_RD.shape[0], gate_up.shape[1])
+        out_RD = torch.empty_like(rows_RD)
+        for e, rows in _blocks(rows_per_expert):
+            torch.mm(rows_RD[rows], gate_up[e].t(), out=gate_up_RF[rows])
+        gate, up = gate_up_RF.chunk(2, dim=-1)
+        hidden_RF = F.silu(gate).mul_(up)
+        for e, rows in _blocks(rows_per_expert):
+            torch.mm(hidden_RF[rows], down[e].t(), out=out_RD[rows])
+        ctx.save_for_backward(rows_RD, gate_up_RF, gate_up, down)
+        ctx.rows_per_expert = rows_per_expert
+        return out_RD
+
+    @staticmethod
+    def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
+        rows_RD, gate_up_RF, gate_up, down = ctx.saved_tensors
+        grad_RD = grad_RD.contiguous()
+        gate, up = gate_up_RF.chunk(2, dim=-1)
+        activated_RF = F.silu(gate)
+        hidden_RF = activated_RF * up
+        grad_hidden_RF, grad_down = torch.empty_like(hidden_RF), torch.zeros_like(down)
+        for e, rows in _blocks(ctx.rows_per_expert):
+            torch.mm(grad_RD[rows], down[e], out=grad_hidden_RF[rows])
+            torch.mm(grad_RD[rows].t(), hidden_RF[rows], out=grad_down[e])
+        grad_gate_up_RF = torch.empty_like(gate_up_RF)
+        grad_gate, grad_up = grad_gate_up_RF.chunk(2, dim=-1)
+        torch.mul(grad_hidden_RF, activated_RF, out=grad_up)
+        grad_gate.copy_(torch.ops.aten.silu_backward(grad_hidden_RF.mul_(up), gate))
+        grad_rows_RD, grad_gate_up = torch.empty_like(rows_RD), torch.zeros_like(gate_up)
+        for e, rows in _blocks(ctx.rows_per_expert):
+            torch.mm(grad_gate_up_RF[rows], gate_up[e], out=grad_rows_RD[rows])
+            torch.mm(grad_gate_up_RF[rows].t(), rows_RD[rows], out=grad_gate_up[e])
+        return grad_rows_RD, None, grad_gate_up, grad_down
+
+
+def _blocks(rows_per_expert: list[int]) -> list[tuple[int, slice]]:
+    """(expert, its rows) for every expert that has any."""
+    blocks, start = [], 0
+    for expert, count in enumerate(rows_per_expert):
+        if count:
+            blocks.append((expert, slice(start, start + count)))
+        start += count
+    return blocks

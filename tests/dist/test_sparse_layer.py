@@ -1,0 +1,217 @@
+"""The sparse layer on 1, 2 and 4 ranks against the float64 reference: forward and every gradient."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from moe.config import BalanceConfig, MoEConfig
+from moe.loss import Totals, losses
+from moe.model import ModelOutput
+from moe.sparse import ExpertLayout, SparseMoE
+from moe.sparse.reference import ReferenceWeights, sparse_layer
+from tests.harness import run_ranks
+
+BALANCE = BalanceConfig(
+    load_balancing_weight=0.3, load_balancing_scope="global_batch", router_z_loss_weight=0.2
+)
+
+
+@dataclass(frozen=True)
+class Case:
+    """One layer and one batch; sizes are odd so that nothing divides by luck."""
+
+    name: str
+    tokens: int = 36  # over all ranks
+    hidden: int = 7
+    inner: int = 5
+    experts: int = 8
+    top_k: int = 3
+    normalize: bool = True
+    shared: int | None = None
+    shared_gate: bool = False
+    masked: str = "none"  # none | some | rank (all of rank 0's tokens) | all
+    routing: str = (
+        "free"  # free | one (all tokens' first choice is expert 2) | starved (experts 4.. get none)
+    )
+
+
+CASES = [
+    Case("plain"),
+    Case("raw weights", normalize=False),
+    Case("top-1", top_k=1, normalize=False),
+    Case("all experts", top_k=8),
+    Case("shared", shared=6),
+    Case("gated shared, square", hidden=8, inner=8, shared=8, shared_gate=True),
+    Case("one expert takes all", routing="one", top_k=1, normalize=False),
+    Case("half the experts starve", routing="starved"),
+    Case("masked tokens", masked="some", shared=6),
+    Case("one rank all masked", masked="rank"),
+    Case("all masked", masked="all"),
+    Case("one token a rank", tokens=4),
+]
+
+
+def _weights(case: Case) -> ReferenceWeights:
+    draw = torch.Generator().manual_seed(5)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=draw, dtype=torch.float64)
+
+    d, f, e, s = case.hidden, case.inner, case.experts, case.shared
+    router = normal(e, d)
+    if case.routing != "free":
+        favoured = slice(2, 3) if case.routing == "one" else slice(0, 4)
+        router = router * 0.1
+        router[favoured, 0] += 50.0  # x[:, 0] is positive: see _batch
+    return ReferenceWeights(
+        router_ED=router,
+        gate_up_E2FD=normal(e, 2 * f, d),
+        down_EDF=normal(e, d, f),
+        shared_gate_FD=normal(s, d) if s else None,
+        shared_up_FD=normal(s, d) if s else None,
+        shared_down_DF=normal(d, s) if s else None,
+        shared_expert_gate_1D=normal(1, d) if case.shared_gate else None,
+    )
+
+
+def _batch(case: Case, world_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
+    draw = torch.Generator().manual_seed(6)
+    x = torch.randn(case.tokens, case.hidden, generator=draw, dtype=torch.float64)
+    x[:, 0] = x[:, 0].abs() + 0.5
+    grad = torch.randn(x.shape, generator=draw, dtype=torch.float64)
+    mask = torch.ones(case.tokens, dtype=torch.bool)
+    match case.masked:
+        case "none":
+            return x, None, grad
+        case "some":
+            mask[::3] = False
+        case "rank":
+            mask[: case.tokens // world_size] = world_size == 1
+        case "all":
+            mask[:] = False
+    return x, mask, grad
+
+
+def _compare(name: str, ours: Tensor | None, reference: Tensor | None) -> None:
+    assert ours is not None, name
+    reference = torch.zeros_like(ours) if reference is None else reference
+    torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
+
+
+def _check(rank: int, world_size: int, ep: int, cases: list[Case]) -> None:
+    group = None
+    for first in range(0, world_size, ep):
+        members = list(range(first, first + ep))
+        made = dist.new_group(members) if world_size > 1 else None
+        group = made if rank in members else group
+    for case in cases:
+        try:
+            _check_case(case, rank, world_size, ExpertLayout(case.experts, ep, rank % ep, group))
+        except Exception as error:
+            raise AssertionError(f"case {case.name!r}, world {world_size}, EP {ep}") from error
+
+
+def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) -> None:
+    weights, (x, mask, grad) = _weights(case), _batch(case, world_size)
+    leaves = {k: v.requires_grad_() for k, v in vars(weights).items() if v is not None}
+    x_ref = x.clone().requires_grad_()
+    expected = sparse_layer(x_ref, weights, top_k=case.top_k, normalize=case.normalize, mask_T=mask)
+    aux = BALANCE.load_balancing_weight * expected.load_balancing_loss
+    aux = aux + BALANCE.router_z_loss_weight * expected.z_loss
+    ((expected.y_TD * grad).sum() + aux).backward()
+
+    config = MoEConfig(
+        num_experts=case.experts,
+        top_k=case.top_k,
+        expert_intermediate_size=case.inner,
+        normalize_top_k=case.normalize,
+        shared_expert_intermediate_size=case.shared,
+        shared_expert_gate=case.shared_gate,
+    )
+    layer = SparseMoE(case.hidden, config, layout).double()
+    mine, local = (
+        _load(layer, leaves, layout),
+        slice(case.tokens * rank // world_size, case.tokens * (rank + 1) // world_size),
+    )
+    x_here = x[local].clone().requires_grad_()
+    mask_here = None if mask is None else mask[local]
+    y, record = layer(x_here, mask_here)
+    kept = torch.ones(x_here.shape[0], dtype=torch.bool) if mask_here is None else mask_here
+    counts = record.counts_E.clone()
+    tokens = kept.sum().double()
+    if world_size > 1:
+        dist.all_reduce(counts)
+        dist.all_reduce(tokens)
+    totals = Totals(tokens.clamp(min=1), tokens, counts.unsqueeze(0))
+    share = losses(
+        ModelOutput(torch.zeros((), dtype=torch.float64), (record,)), kept.view(1, -1), totals, BALANCE
+    )
+    ((y * grad[local]).sum() + share.total).backward()
+
+    assert torch.equal(counts, expected.counts_E)
+    assert int(counts.sum()) == (case.tokens if mask is None else int(mask.sum())) * case.top_k
+    _compare("y", y, expected.y_TD[local])
+    _compare("x.grad", x_here.grad, x_ref.grad[local] if x_ref.grad is not None else None)
+    for name, (parameter, reference, sharded) in mine.items():
+        got = parameter.grad
+        assert got is not None, name
+        if world_size > 1:  # what DeepSpeed does: sum over the ranks that hold the parameter
+            got = _sum_over_holders(got, layout, rank, world_size) if sharded else got.clone()
+            if not sharded:
+                dist.all_reduce(got)
+        _compare(f"{name}.grad", got, reference)
+        assert torch.isfinite(got).all()
+
+
+def _sum_over_holders(grad: Tensor, layout: ExpertLayout, rank: int, world_size: int) -> Tensor:
+    gathered = [torch.empty_like(grad) for _ in range(world_size)]
+    dist.all_gather(gathered, grad.contiguous())
+    return torch.stack(gathered[rank % layout.size :: layout.size]).sum(0)
+
+
+def _load(
+    layer: SparseMoE, leaves: dict[str, Tensor], layout: ExpertLayout
+) -> dict[str, tuple[torch.nn.Parameter, Tensor | None, bool]]:
+    ids = layout.local_experts
+    mine = slice(ids.start, ids.stop)
+
+    def expected(name: str) -> Tensor | None:
+        return leaves[name].grad
+
+    pairs: dict[str, tuple[torch.nn.Parameter, str, bool]] = {
+        "router": (layer.router.weight, "router_ED", False),
+        "gate_up": (layer.experts.gate_up, "gate_up_E2FD", True),
+        "down": (layer.experts.down, "down_EDF", True),
+    }
+    if layer.shared_expert is not None:
+        pairs["shared.gate"] = (layer.shared_expert.gate.weight, "shared_gate_FD", False)
+        pairs["shared.up"] = (layer.shared_expert.up.weight, "shared_up_FD", False)
+        pairs["shared.down"] = (layer.shared_expert.down.weight, "shared_down_DF", False)
+    if layer.shared_expert_gate is not None:
+        pairs["shared_expert_gate"] = (layer.shared_expert_gate.weight, "shared_expert_gate_1D", False)
+    out = {}
+    for name, (parameter, leaf, sharded) in pairs.items():
+        value, grad = leaves[leaf].detach(), expected(leaf)
+        parameter.data.copy_(value[mine] if sharded else value)
+        out[name] = (parameter, grad[mine] if sharded and grad is not None else grad, sharded)
+    return out
+
+
+@pytest.mark.parametrize(("world_size", "ep"), [(2, 1), (2, 2), (4, 1), (4, 2), (4, 4)])
+def test_layer_equals_reference_on_several_ranks(world_size: int, ep: int, tmp_path: Path) -> None:
+    run_ranks(_check, world_size, tmp_path, world_size, ep, CASES)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_layer_equals_reference_on_one_rank(case: Case) -> None:
+    _check_case(case, 0, 1, ExpertLayout(case.experts))
+
+
+def test_the_reference_refuses_anything_but_float64() -> None:
+    case = CASES[0]
+    with pytest.raises(ValueError, match="float64"):
+        sparse_layer(_batch(case, 1)[0].float(), _weights(case), top_k=2, normalize=True)

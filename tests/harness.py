@@ -1,0 +1,69 @@
+"""Run one function on N real processes (gloo, CPU) and fail like a normal test."""
+
+import datetime
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def run_ranks(
+    fn: Callable[..., None], world_size: int, tmp_path: Path, *args: object, timeout_s: float = 120
+) -> None:
+    """Call `fn(rank, *args)` on `world_size` forked ranks in one gloo group; raise the first failing traceback.
+
+    Ranks meet through a file, so that tests side by side never race for a port. torch is imported already, so a
+    case takes about a second.
+    """
+    context = mp.get_context("fork")
+    errors = context.SimpleQueue()
+    store = tmp_path / f"store-{time.monotonic_ns()}"
+    ranks: list[Any] = [
+        context.Process(
+            target=_one_rank, args=(rank, world_size, store, timeout_s, errors, fn, args), daemon=True
+        )
+        for rank in range(world_size)
+    ]
+    for process in ranks:
+        process.start()
+    deadline = time.monotonic() + timeout_s
+    try:
+        while any(process.is_alive() for process in ranks):
+            if any(process.exitcode not in (None, 0) for process in ranks):
+                break
+            assert time.monotonic() < deadline, f"{fn.__name__} hung: {world_size} ranks, {timeout_s:.0f} s"
+            time.sleep(0.02)
+        if not errors.empty():
+            raise AssertionError(errors.get())
+        codes = [process.exitcode for process in ranks]
+        assert not any(codes), f"{fn.__name__}: exit codes {codes} without a traceback"
+    finally:
+        for process in ranks:
+            if process.is_alive():
+                process.kill()
+            process.join()
+
+
+def _one_rank(
+    rank: int, world_size: int, store: Path, timeout_s: float, errors: Any, fn: Callable[..., None], args: Any
+) -> None:
+    torch.set_num_threads(1)
+    try:
+        dist.init_process_group(
+            "gloo",
+            store=dist.FileStore(str(store), world_size),
+            rank=rank,
+            world_size=world_size,
+            timeout=datetime.timedelta(seconds=timeout_s),
+        )
+        fn(rank, *args)
+        dist.barrier()
+        dist.destroy_process_group()
+    except BaseException:
+        errors.put(f"rank {rank} of {world_size} failed in {fn.__name__}:\n{traceback.format_exc()}")
+        raise
