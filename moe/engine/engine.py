@@ -1,0 +1,160 @@
+"""Micro-batches -> one optimizer step, the same on every layout.
+
+L sparse layers, E experts.
+"""
+
+import os
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moe import loss, optim
+from moe.config import RunConfig, check_world
+from moe.data.loader import Batch
+from moe.dist import Ranks
+from moe.engine import ds_config
+from moe.engine.clip import clip_gradients
+from moe.engine.groups import adopt
+from moe.engine.library import deepspeed
+from moe.loss import Losses, Totals
+from moe.model import ModelOutput, Transformer
+
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # isort: skip
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """One optimizer step over the global batch; device tensors, so that reading them is the caller's wait."""
+
+    cross_entropy: Tensor
+    """Nats per token, before the step."""
+    load_balancing: Tensor
+    """Mean over sparse layers; 1 is balance."""
+    router_z: Tensor
+    """Mean over sparse layers."""
+    total: Tensor
+    """What was differentiated."""
+    gradient_norm: Tensor
+    """Global norm before clipping."""
+    learning_rate: float
+    num_tokens: int
+    """Tokens of the global batch, masked ones included."""
+    tokens_per_expert: Tensor | None
+    """int64 [L, E] over all ranks and micro-batches; None for a dense model."""
+
+
+class Engine:
+    """A model under DeepSpeed. Make one with `start`."""
+
+    def __init__(self, run: RunConfig, ranks: Ranks, model: Transformer, wrapped: Any) -> None:
+        self.run = run
+        self.ranks = ranks
+        self.model = model
+        self.wrapped = wrapped
+        """DeepSpeed's engine."""
+
+    @classmethod
+    def start(cls, run: RunConfig, model: Transformer, ranks: Ranks) -> "Engine":
+        """Hand an initialised model to DeepSpeed. Collective; raises `ConfigError` if the layout cannot be."""
+        accumulation = check_world(run, ranks.world_size)
+        config = ds_config.make(run, accumulation)
+        os.environ.setdefault(
+            "LOCAL_RANK", str(ranks.local_rank)
+        )  # DeepSpeed insists; srun and plain python have none
+        adopt(model)
+
+        def optimizer(_: Iterable[Any]) -> torch.optim.Optimizer:
+            groups = optim.parameter_groups(model, run.train.optimizer)
+            groups = split_params_into_different_moe_groups_for_optimizer(groups)
+            return optim.adamw([group for group in groups if group["params"]], run.train.optimizer)
+
+        wrapped, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=list(model.parameters()),
+            optimizer=optimizer,
+            config=config,
+            dist_init_required=False,
+        )
+        return cls(run, ranks, model, wrapped)
+
+    def step(self, batches: Sequence[Batch], step: int) -> StepResult:
+        """Forward, backward and update over this rank's micro-batches of optimizer step `step` (from 0).
+
+        Collective. All shares are scaled so that DeepSpeed's mean over ranks and micro-batches gives back the
+        gradient of the mean over the global batch's unmasked tokens.
+        """
+        batches = [_on(self.ranks.device, batch) for batch in batches]
+        self.wrapped.train()
+        totals = self._totals(batches)
+        rate = optim.learning_rate(self.run.train, step)
+        for group in self.wrapped.optimizer.param_groups:
+            group["lr"] = rate
+        sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
+        outputs, norm = [], None
+        for batch in batches:
+            output = self.wrapped(batch.input_ids_BS, batch.labels_BS, batch.mask_BS)
+            here = self._losses(output, batch, totals)
+            self.wrapped.backward(here.total * (self.ranks.world_size * len(batches)))
+            if self.run.parallel.zero_stage == 0 and batch is batches[-1]:
+                norm = clip_gradients(self.model, self.ranks, self.run.train.optimizer.gradient_clipping)
+            self.wrapped.step()
+            sums += torch.stack([here.cross_entropy, here.load_balancing, here.router_z, here.total.detach()])
+            outputs.append(output)
+        counts = loss.local_counts(outputs)
+        cross_entropy, load_balancing, router_z, total = self.ranks.sum(sums).unbind()
+        return StepResult(
+            cross_entropy=cross_entropy,
+            load_balancing=load_balancing,
+            router_z=router_z,
+            total=total,
+            gradient_norm=norm if norm is not None else torch.as_tensor(self.wrapped.get_global_grad_norm()),
+            learning_rate=rate,
+            num_tokens=self.run.train.global_batch_size * self.run.data.sequence_length,
+            tokens_per_expert=self.ranks.sum(counts) if counts is not None else None,
+        )
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> tuple[Tensor, Tensor]:
+        """(nats, tokens) summed over all ranks; float64 scalars. Every rank must bring as many batches."""
+        self.wrapped.eval()
+        sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
+        for batch in batches:
+            batch = _on(self.ranks.device, batch)
+            output = self.model(batch.input_ids_BS, batch.labels_BS, batch.mask_BS)
+            sums += torch.stack([output.cross_entropy.double(), batch.mask_BS.sum().double()])
+        nats, tokens = self.ranks.sum(sums).unbind()
+        return nats, tokens
+
+    def _totals(self, batches: Sequence[Batch]) -> Totals:
+        counts = None
+        if self._needs_global_counts() and len(batches) > 1:
+            # The load of the whole batch must be known before the first backward: count it in a pass of its own.
+            with torch.no_grad():
+                outputs = [self.model(b.input_ids_BS, b.labels_BS, b.mask_BS) for b in batches]
+            counts = loss.local_counts(outputs)
+        masks = [batch.mask_BS for batch in batches]
+        sizes = torch.stack([_sum(m.sum() for m in masks), _sum(m.any(1).sum() for m in masks)]).double()
+        tokens, sequences = self.ranks.sum(sizes).unbind()
+        return Totals(tokens, sequences, self.ranks.sum(counts) if counts is not None else None)
+
+    def _losses(self, output: ModelOutput, batch: Batch, totals: Totals) -> Losses:
+        if self._needs_global_counts() and totals.counts_LE is None:
+            counts = loss.local_counts([output])
+            assert counts is not None
+            totals = Totals(totals.num_tokens, totals.num_sequences, self.ranks.sum(counts.clone()))
+        return loss.losses(output, batch.mask_BS, totals, self.run.balance)
+
+    def _needs_global_counts(self) -> bool:
+        return self.run.model.moe is not None and self.run.balance.load_balancing_scope == "global_batch"
+
+
+def _on(device: torch.device, batch: Batch) -> Batch:
+    return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(batch).values()))
+
+
+def _sum(values: Iterable[Tensor]) -> Tensor:
+    """Sum of scalar tensors."""
+    return torch.stack(list(values)).sum()

@@ -1,0 +1,19 @@
+"""DeepSpeed, imported the one way that works on CPU and CUDA alike."""
+
+import logging
+import os
+
+import torch
+
+if not torch.cuda.is_available():
+    # Without this DeepSpeed guesses, and warns that it does.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+import deepspeed
+import deepspeed.ops
+
+# The shared-memory collective serves only inference, and compiling it takes minutes when ranks start.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+
+__all__ = ["deepspeed"]

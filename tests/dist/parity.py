@@ -1,0 +1,141 @@
+"""The same recipe in many layouts, step by step beside one process. As a command: `make parity`.
+
+Prints, for each layout, the largest relative deviation over 20 steps of the loss (all its terms), of the gradient
+norm, and whether every expert was chosen equally often; exits 1 if any is beyond its bound.
+"""
+
+import dataclasses
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from moe.config import RunConfig
+from tests.dist.layouts import Curve, curve, ranks_of, start, tiny, train
+from tests.harness import run_ranks
+
+GLOBAL_BATCH = 8
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the same training is spread."""
+
+    world_size: int
+    expert_parallel_size: int
+    zero_stage: int
+    accumulation: int
+    recompute: str = "none"
+    precision: str = "fp32"
+    scope: str = "sequence"
+
+    def run(self) -> RunConfig:
+        return tiny(
+            parallel={"expert_parallel_size": self.expert_parallel_size, "zero_stage": self.zero_stage},
+            train={
+                "micro_batch_size": GLOBAL_BATCH // self.world_size // self.accumulation,
+                "activation_recomputation": self.recompute,
+                "precision": self.precision,
+            },
+            balance={"load_balancing_scope": self.scope},
+        )
+
+    def reference(self) -> "Layout":
+        """One process, ZeRO 1, no accumulation."""
+        return Layout(1, 1, 1, 1, precision=self.precision, scope=self.scope)
+
+
+def matrix() -> list[Layout]:
+    """Every layout offered on 1, 2 and 4 processes; recompute and the other balancing scope on some."""
+    layouts = [
+        Layout(world, ep, zero, accumulation)
+        for world in (1, 2, 4)
+        for ep in (1, 2, 4)
+        if ep <= world
+        for zero in (0, 1, 2)
+        for accumulation in (1, 2)
+    ]
+    layouts += [Layout(w, ep, 1, 2, recompute="block") for w, ep in ((1, 1), (2, 2), (4, 4))]
+    layouts += [
+        Layout(w, ep, z, a, scope="global_batch")
+        for w, ep, z, a in ((2, 2, 1, 1), (2, 1, 2, 2), (4, 2, 0, 2))
+    ]
+    return layouts
+
+
+@dataclass(frozen=True)
+class Deviation:
+    """Largest over the steps; relative."""
+
+    loss: float
+    gradient_norm: float
+    counts_equal: bool
+
+
+def deviation(curve: Curve, reference: Curve) -> Deviation:
+    """How far a layout's curve is from one process."""
+    terms = ("total", "cross_entropy", "load_balancing", "router_z")
+    return Deviation(
+        max(_relative(getattr(curve, term), getattr(reference, term)) for term in terms),
+        _relative(curve.gradient_norm, reference.gradient_norm),
+        curve.tokens_per_expert == reference.tokens_per_expert,
+    )
+
+
+def curves(layouts: Sequence[Layout], folder: Path, steps: int = 20) -> dict[Layout, Curve]:
+    """Train every layout, those of one world size within one set of processes."""
+    found: dict[Layout, Curve] = {}
+    for world_size in sorted({layout.world_size for layout in layouts}):
+        here = [layout for layout in layouts if layout.world_size == world_size]
+        run_ranks(
+            _train_all, world_size, folder, world_size, here, steps, folder, timeout_s=60 + 30 * len(here)
+        )
+        for index, layout in enumerate(here):
+            page: dict[str, Any] = json.loads((folder / f"{world_size}-{index}.json").read_text())
+            found[layout] = Curve(**page)
+    return found
+
+
+def _train_all(rank: int, world_size: int, layouts: Sequence[Layout], steps: int, folder: Path) -> None:
+    for index, layout in enumerate(layouts):
+        engine = start(layout.run(), ranks_of(rank, world_size, layout.expert_parallel_size))
+        found = curve(train(engine, 0, steps))
+        engine.wrapped.destroy()
+        if rank == 0:
+            (folder / f"{world_size}-{index}.json").write_text(json.dumps(dataclasses.asdict(found)))
+
+
+def _relative(ours: Sequence[float], reference: Sequence[float]) -> float:
+    assert len(ours) == len(reference) > 0
+    return max(abs(a - b) / abs(b) for a, b in zip(ours, reference, strict=True))
+
+
+def main() -> int:
+    layouts = matrix()
+    with tempfile.TemporaryDirectory() as folder:
+        found = curves([*{layout.reference() for layout in layouts}, *layouts], Path(folder))
+    table = Table(
+        "processes", "EP", "ZeRO", "accumulation", "recompute", "balance", "loss", "grad norm", "counts"
+    )
+    failed = 0
+    for layout in layouts:
+        far = deviation(found[layout], found[layout.reference()])
+        right = far.loss < 1e-5 and far.gradient_norm < 1e-4 and far.counts_equal
+        failed += not right
+        cells = (layout.world_size, layout.expert_parallel_size, layout.zero_stage, layout.accumulation)
+        counts = "equal" if far.counts_equal else "differ"
+        shown = (layout.recompute, layout.scope, f"{far.loss:.1e}", f"{far.gradient_norm:.1e}", counts)
+        table.add_row(*map(str, cells), *shown, style=None if right else "red")
+    Console(width=110).print(table)
+    print(f"{len(layouts) - failed} of {len(layouts)} layouts equal one process over 20 steps in fp32")  # noqa: T201
+    return int(failed > 0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""Any layout trains as one process does: loss within 1e-5, gradient norm within 1e-4, each of 20 steps."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.dist.parity import Curve, Layout, curves, deviation, matrix
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Curve]:
+    layouts = matrix()
+    return curves([*{layout.reference() for layout in layouts}, *layouts], tmp_path_factory.mktemp("parity"))
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", matrix(), ids=str)
+def test_layout_equals_one_process(layout: Layout, trained: dict[Layout, Curve]) -> None:
+    far = deviation(trained[layout], trained[layout.reference()])
+    assert far.loss < 1e-5
+    assert far.gradient_norm < 1e-4
+    assert far.counts_equal
+
+
+def test_training_learns_and_clips(trained: dict[Layout, Curve]) -> None:
+    """The comparison means something: the loss falls, and gradients are beyond the clip of 0.5."""
+    curve = trained[Layout(1, 1, 1, 1)]
+    assert curve.cross_entropy[-1] < curve.cross_entropy[0] - 0.5
+    assert min(curve.gradient_norm[:10]) > 0.5
+    assert curve.load_balancing[0] >= 1.0
+
+
+@pytest.mark.timeout(300)
+def test_bf16_stays_near_one_process(tmp_path: Path) -> None:
+    """bf16 rounds sums in another order: one part in a hundred of the loss, five of the norm, over 10 steps."""
+    layouts = [
+        Layout(2, 1, 1, 1, precision="bf16"),
+        Layout(2, 2, 1, 2, precision="bf16"),
+        Layout(2, 2, 2, 1, precision="bf16"),
+    ]
+    found = curves([layouts[0].reference(), *layouts], tmp_path, steps=10)
+    for layout in layouts:
+        far = deviation(found[layout], found[layout.reference()])
+        assert far.loss < 1e-2, layout
+        assert far.gradient_norm < 5e-2, layout
