@@ -1,0 +1,122 @@
+"""checkpoints/step_N: the manifest of what was written, and the checks before anything is believed."""
+
+import json
+import os
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from moe.errors import CheckpointError
+
+FORMAT = "turnout-checkpoint"
+VERSION = 1
+MANIFEST = "manifest.json"
+_BLOCK = 1 << 24
+
+
+@dataclass(frozen=True)
+class File:
+    """What a file of a checkpoint must be."""
+
+    size: int
+    """Bytes."""
+    xxh3: str
+    """XXH3-128, hexadecimal."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Written last; a folder without it is no checkpoint."""
+
+    step: int
+    """Optimizer steps taken."""
+    next_sample: int
+    """Position in the endless row of training samples."""
+    tokens: int
+    """Tokens trained on."""
+    world_size: int
+    data_fingerprint: str
+    files: dict[str, File]
+    tensors: dict[str, str]
+    """Tensor key -> file."""
+
+
+def step_folder(run_folder: Path, step: int) -> Path:
+    return run_folder / "checkpoints" / f"step_{step}"
+
+
+def steps(run_folder: Path) -> list[int]:
+    """Steps of complete checkpoints, oldest first. Folders of torn saves have other names and never count."""
+    found = []
+    for path in (run_folder / "checkpoints").glob("step_*"):
+        match = re.fullmatch(r"step_(\d+)", path.name)
+        if match and (path / MANIFEST).is_file():
+            found.append(int(match[1]))
+    return sorted(found)
+
+
+def write_manifest(folder: Path, manifest: Manifest) -> None:
+    """Write and sync the manifest into `folder`."""
+    page = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    path = folder / MANIFEST
+    with path.open("w", encoding="utf-8") as file:
+        json.dump(page, file, indent=1)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Raises `CheckpointError` if the folder is no checkpoint of this format."""
+    try:
+        page: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        kind, version = page.pop("format"), page.pop("version")
+        if (kind, version) != (FORMAT, VERSION):
+            raise CheckpointError(
+                f"{folder}: its manifest says format {kind!r} version {version}, but this version reads {FORMAT!r} "
+                f"version {VERSION}. Use the version of turnout that wrote it."
+            )
+        files = {name: File(**file) for name, file in page.pop("files").items()}
+        return Manifest(**page, files=files)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder / MANIFEST} cannot be read ({type(error).__name__}: {error}). {_way_out(folder)}"
+        ) from None
+
+
+def verify(folder: Path, manifest: Manifest, names: set[str] | None = None) -> None:
+    """Hash the files (or those in `names`) against the manifest; raises `CheckpointError` naming the first bad one."""
+    for name, expected in manifest.files.items():
+        if names is not None and name not in names:
+            continue
+        path = folder / name
+        if not path.is_file():
+            raise CheckpointError(f"{path} is missing, but the manifest lists it. {_way_out(folder)}")
+        size = path.stat().st_size
+        if size != expected.size:
+            raise CheckpointError(
+                f"{path} has {size} bytes, but {expected.size} were written: it was cut or changed. {_way_out(folder)}"
+            )
+        if hash_file(path) != expected.xxh3:
+            raise CheckpointError(
+                f"{path} does not have the hash it was written with: it was changed. {_way_out(folder)}"
+            )
+
+
+def hash_file(path: Path) -> str:
+    """XXH3-128 of a file's bytes, hexadecimal."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _way_out(folder: Path) -> str:
+    run_folder = folder.parent.parent
+    others = [step for step in steps(run_folder) if f"step_{step}" != folder.name]
+    if others:
+        return f"Move {folder} away to go on from step_{others[-1]}."
+    return f"There is no other checkpoint: move {run_folder} away to start over."

@@ -1,0 +1,147 @@
+"""A running engine -> checkpoints/step_N, complete or not there at all."""
+
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moe.checkpoint import folder as folders
+from moe.checkpoint import state as states
+from moe.checkpoint.folder import File, Manifest
+from moe.config import RunConfig
+from moe.engine.engine import Engine
+from moe.errors import CheckpointError
+from moe.recipe import dump
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """How far a run is; with the weights and moments all that the next step depends on."""
+
+    step: int = 0
+    """Optimizer steps taken; fixes the learning rate too."""
+    tokens: int = 0
+    """Tokens trained on, masked ones included."""
+
+    def after(self, num_tokens: int) -> "TrainState":
+        """One step of `num_tokens` further."""
+        return TrainState(self.step + 1, self.tokens + num_tokens)
+
+
+def save(engine: Engine, state: TrainState, data_fingerprint: str) -> Path:
+    """Write checkpoints/step_N. Collective; returns its folder.
+
+    Every rank writes its part into a folder with another name; the manifest comes last, everything is synced,
+    and one rename makes it a checkpoint. Raises `CheckpointError` on all ranks if any could not write.
+    """
+    run, ranks = engine.run, engine.ranks
+    target = folders.step_folder(run.folder, state.step)
+    torn = target.with_name(f".torn-{target.name}")
+    if ranks.speaks:
+        shutil.rmtree(torn, ignore_errors=True)
+        torn.mkdir(parents=True)
+    ranks.barrier()
+    part, fault = _Part({}, {}), ""
+    try:
+        part = _write_part(engine, torn)
+    except OSError as error:
+        fault = f"rank {ranks.rank} could not write to {torn}: {error.strerror or error}"
+    parts, faults = ranks.gather(part), [f for f in ranks.gather(fault) if f]
+    if faults:
+        raise CheckpointError(
+            f"{'; '.join(faults)}. Make room or give access; earlier checkpoints are as they were."
+        )
+    if ranks.speaks:
+        _finish(run, state, data_fingerprint, ranks.world_size, parts, torn, target)
+    ranks.barrier()
+    return target
+
+
+@dataclass(frozen=True)
+class _Part:
+    files: dict[str, File]
+    tensors: dict[str, str]
+
+
+def _write_part(engine: Engine, folder: Path) -> _Part:
+    rank = engine.ranks.rank
+    tensors = dict(states.collect(engine))
+    files = {}
+    for name, content in (
+        (f"state-{rank:05d}.safetensors", tensors),
+        (f"rng-{rank:05d}.safetensors", _rng()),
+    ):
+        if content:
+            files[name] = _write(folder / name, content)
+    return _Part(files, dict.fromkeys(tensors, f"state-{rank:05d}.safetensors"))
+
+
+def _write(path: Path, tensors: dict[str, Tensor]) -> File:
+    path.touch()
+    mode = path.stat().st_mode  # what the user's umask gives; safetensors writes for the owner alone
+    save_file(tensors, path)
+    path.chmod(mode)
+    _sync(path)
+    return File(path.stat().st_size, folders.hash_file(path))
+
+
+def _rng() -> dict[str, Tensor]:
+    states_ = {"cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states_["cuda"] = torch.cuda.get_rng_state()
+    return states_
+
+
+def _finish(
+    run: RunConfig,
+    state: TrainState,
+    fingerprint: str,
+    world_size: int,
+    parts: list[_Part],
+    torn: Path,
+    target: Path,
+) -> None:
+    recipe = torn / "recipe.yaml"
+    recipe.write_text(dump(run), encoding="utf-8")
+    _sync(recipe)
+    files = {name: file for part in parts for name, file in part.files.items()}
+    files[recipe.name] = File(recipe.stat().st_size, folders.hash_file(recipe))
+    manifest = Manifest(
+        step=state.step,
+        next_sample=state.step * run.train.global_batch_size,
+        tokens=state.tokens,
+        world_size=world_size,
+        data_fingerprint=fingerprint,
+        files=files,
+        tensors={name: file for part in parts for name, file in part.tensors.items()},
+    )
+    folders.write_manifest(torn, manifest)
+    _sync(torn)
+    if target.exists():  # saved again at the same step: the old one stays until the new one is whole
+        old = target.with_name(f".old-{target.name}")
+        shutil.rmtree(old, ignore_errors=True)
+        target.rename(old)
+        torn.rename(target)
+        shutil.rmtree(old)
+    else:
+        torn.rename(target)
+    _sync(target.parent)
+    _prune(run)
+
+
+def _prune(run: RunConfig) -> None:
+    if run.checkpoint.keep is not None:
+        for step in folders.steps(run.folder)[: -run.checkpoint.keep]:
+            shutil.rmtree(folders.step_folder(run.folder, step))
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,108 @@
+"""A running engine <-> logical tensors: each parameter's float32 master and both moments, experts one by one.
+
+The key of a tensor is `STATE/PARAMETER` or, for one expert of a stacked parameter, `STATE/PARAMETER[EXPERT]`.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe.engine.engine import Engine
+from moe.engine.groups import is_expert
+
+WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+
+
+def key(state: str, name: str, expert: int | None = None) -> str:
+    """The name of a tensor in a checkpoint."""
+    return f"{state}/{name}" if expert is None else f"{state}/{name}[{expert}]"
+
+
+def collect(engine: Engine) -> Iterator[tuple[str, Tensor]]:
+    """This rank's part of the state: (key, float32 CPU tensor). Collective: every rank runs through all of it.
+
+    Replicated parameters are dealt out over all ranks; of the ranks that hold the same experts the first has
+    them. Together the parts are the whole state, each tensor once.
+    """
+    ranks = engine.ranks
+    _link_moments(engine)
+    for turn, (name, parameter) in enumerate(engine.model.named_parameters()):
+        for state in (WEIGHT, *MOMENTS):
+            whole = _read(engine, parameter, state)
+            if is_expert(parameter):
+                if ranks.expert_data_rank == 0:
+                    for expert, tensor in zip(_local_experts(engine), whole, strict=True):
+                        yield key(state, name, expert), tensor.cpu().clone()
+            elif ranks.rank == turn % ranks.world_size:
+                yield key(state, name), whole.cpu().clone()
+
+
+def needed(engine: Engine) -> Iterator[tuple[nn.Parameter, str, list[str]]]:
+    """(parameter, state, keys that make it up on this rank) for the whole state."""
+    for name, parameter in engine.model.named_parameters():
+        for state in (WEIGHT, *MOMENTS):
+            if is_expert(parameter):
+                yield parameter, state, [key(state, name, expert) for expert in _local_experts(engine)]
+            else:
+                yield parameter, state, [key(state, name)]
+
+
+@torch.no_grad()
+def write(engine: Engine, parameter: nn.Parameter, state: str, value: Tensor) -> None:
+    """Set one state of one parameter from its full local float32 value."""
+    value = value.to(engine.ranks.device)
+    if engine.run.parallel.zero_stage == 0:
+        target = parameter if state == WEIGHT else _base(engine).state[parameter][state]
+        target.copy_(value)
+        return
+    parameter.set_full_hp_param(value, None if state == WEIGHT else state)  # type: ignore[attr-defined]  # DeepSpeed adds it
+    if state == WEIGHT:
+        parameter.copy_(value)  # in the model's dtype
+
+
+@torch.no_grad()
+def prepare(engine: Engine, step: int) -> None:
+    """Make room for moments as if `step` optimizer steps had been taken; torch makes it only at the first."""
+    base = _base(engine)
+    for group in base.param_groups:
+        for tensor in group["params"]:
+            base.state[tensor] = {
+                # one for each: a shared one would count too fast; on the device, as fused AdamW wants it
+                "step": torch.tensor(float(step), device=tensor.device),
+                **{state: torch.zeros_like(tensor) for state in MOMENTS},
+            }
+    _link_moments(engine)
+
+
+def _link_moments(engine: Engine) -> None:
+    """Let parameters find their moments in DeepSpeed's flat partitions.
+
+    DeepSpeed 0.19.8 links them after the first parameter group has stepped, when the other groups have no
+    moments yet, and never again.
+    """
+    if engine.run.parallel.zero_stage:
+        engine.wrapped.optimizer._hp_optimizer_states_linked = False
+        engine.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _read(engine: Engine, parameter: nn.Parameter, state: str) -> Tensor:
+    if engine.run.parallel.zero_stage == 0:
+        tensor: Tensor = parameter if state == WEIGHT else _base(engine).state[parameter][state]
+        return tensor.detach()
+    whole: Tensor = parameter.get_full_hp_param(None if state == WEIGHT else state)  # type: ignore[attr-defined]  # DeepSpeed adds it
+    return whole.detach()
+
+
+def _base(engine: Engine) -> Any:
+    """The torch optimizer under DeepSpeed's."""
+    optimizer = engine.wrapped.optimizer
+    return optimizer if engine.run.parallel.zero_stage == 0 else optimizer.optimizer
+
+
+def _local_experts(engine: Engine) -> range:
+    moe = engine.run.model.moe
+    assert moe is not None
+    local = moe.num_experts // engine.ranks.expert_parallel_size
+    return range(engine.ranks.expert_rank * local, (engine.ranks.expert_rank + 1) * local)

@@ -1,0 +1,182 @@
+"""A saved state is the run: 20 steps straight equal 10, a new engine and 10 more, to the bit, at any ZeRO stage."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from safetensors.torch import load_file
+
+from moe.checkpoint.read import SavedModel
+from moe.checkpoint.resume import restore
+from moe.checkpoint.save import save
+from moe.checkpoint.save import TrainState
+from moe.config import RunConfig
+from moe.errors import CheckpointError
+from tests.dist.layouts import curve, ranks_of, start, tiny, train
+from tests.harness import run_ranks
+
+LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
+OTHERS = [(1, 1, 0), (1, 1, 1), (2, 1, 2), (4, 4, 1), (4, 2, 2)]
+HALF, END = 10, 20
+
+
+def _run(folder: Path, ep: int, zero: int, precision: str = "fp32", **train: object) -> RunConfig:
+    return tiny(
+        run_dir=str(folder),
+        parallel={"expert_parallel_size": ep, "zero_stage": zero},
+        train={"micro_batch_size": 2, "precision": precision, **train},
+    )
+
+
+def _straight_and_resumed(rank: int, folder: Path) -> None:
+    """For each layout: 20 steps with a save at 10; then a new engine from that save, to 20."""
+    for zero, precision in LAYOUTS:
+        here = folder / f"{zero}-{precision}"
+        ranks = ranks_of(rank, 2, 2)
+        engine = start(_run(here / "straight", 2, zero, precision), ranks)
+        straight = curve(train(engine, 0, HALF))
+        save(engine, TrainState(HALF, 123), "data")
+        if rank == 0:
+            shutil.copytree(here / "straight", here / "resumed")
+        rest = curve(train(engine, HALF, END))
+        save(engine, TrainState(END, 246), "data")
+        engine.wrapped.destroy()
+
+        engine = start(_run(here / "resumed", 2, zero, precision), ranks)
+        assert restore(engine, "data") == TrainState(HALF, 123)
+        again = curve(train(engine, HALF, END))
+        save(engine, TrainState(END, 246), "data")
+        engine.wrapped.destroy()
+        assert straight.total
+        assert again == rest, f"ZeRO {zero} {precision}"
+        if rank == 0:
+            (here / "rest.json").write_text(json.dumps(dataclasses.asdict(rest)))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs on 2 ranks with EP 2: each layout straight to 20, and resumed at 10."""
+    folder = tmp_path_factory.mktemp("runs")
+    run_ranks(_straight_and_resumed, 2, folder, folder, timeout_s=280)
+    return folder
+
+
+def _state(run: Path) -> dict[str, torch.Tensor]:
+    saved = SavedModel.open(run, END)
+    files = [saved.folder / name for name in saved.manifest.files if name.startswith("state")]
+    return {key: tensor for file in files for key, tensor in load_file(file).items()}
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("zero", "precision"), LAYOUTS)
+def test_resume_is_exact_to_the_bit(zero: int, precision: str, runs: Path) -> None:
+    straight, resumed = (_state(runs / f"{zero}-{precision}" / name) for name in ("straight", "resumed"))
+    assert straight.keys() == resumed.keys()
+    assert not [key for key in straight if not torch.equal(straight[key], resumed[key])]
+    assert any(key.startswith("exp_avg_sq/") and key.endswith("[7]") for key in straight)
+
+
+def _go_on(rank: int, world_size: int, layouts: list[tuple[int, int]], source: Path, folder: Path) -> None:
+    for ep, zero in layouts:
+        here = folder / f"{world_size}-{ep}-{zero}"
+        if rank == 0:
+            shutil.copytree(source / "checkpoints/step_10", here / "checkpoints/step_10")
+        dist.barrier()
+        engine = start(_run(here, ep, zero), ranks_of(rank, world_size, ep))
+        assert restore(engine, "data") == TrainState(HALF, 123)
+        rest = curve(train(engine, HALF, END))
+        engine.wrapped.destroy()
+        if rank == 0:
+            (here / "rest.json").write_text(json.dumps(dataclasses.asdict(rest)))
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_a_checkpoint_goes_on_in_another_layout(world_size: int, runs: Path, tmp_path: Path) -> None:
+    """Written on 2 ranks with EP 2 and ZeRO 1; read elsewhere: the next steps are those of the run that went on."""
+    layouts = [(ep, zero) for world, ep, zero in OTHERS if world == world_size]
+    run_ranks(
+        _go_on, world_size, tmp_path, world_size, layouts, runs / "1-fp32/resumed", tmp_path, timeout_s=200
+    )
+    whole = json.loads((runs / "1-fp32/rest.json").read_text())
+    for ep, zero in layouts:
+        rest = json.loads((tmp_path / f"{world_size}-{ep}-{zero}" / "rest.json").read_text())
+        for term in ("total", "gradient_norm"):
+            assert rest[term] == pytest.approx(whole[term], rel=1e-6), (ep, zero, term)
+        assert rest["tokens_per_expert"] == whole["tokens_per_expert"]
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def _nonsense(path: Path) -> None:
+    path.write_text('{"format": "turnout-checkpoint", "vers')
+
+
+def _newer(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
+
+
+DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
+    "a flipped byte": ("state-00001.safetensors", _flip, r"state-00001.*hash.*go on from step_10"),
+    "a cut file": ("state-00000.safetensors", _cut, r"state-00000.*bytes"),
+    "a missing file": ("state-00000.safetensors", Path.unlink, r"state-00000.*missing"),
+    "another recipe": ("recipe.yaml", _flip, r"recipe.yaml.*hash"),
+    "a cut manifest": ("manifest.json", _nonsense, r"manifest.json cannot be read"),
+    "a newer format": ("manifest.json", _newer, r"version 99, but this version reads"),
+}
+
+
+def _all_refused(rank: int, folder: Path) -> None:
+    ranks = ranks_of(rank, 2, 2)
+    for name, (_, _, words) in DAMAGE.items():
+        engine = start(_run(folder / name, 2, 1), ranks)
+        with pytest.raises(CheckpointError, match=words):
+            restore(engine, "data")
+    whole = folder / "whole"
+    with pytest.raises(CheckpointError, match="trained on other data"):
+        restore(start(_run(whole, 2, 1), ranks), "other data")
+    with pytest.raises(CheckpointError, match=r"train.global_batch_size was 8 and is 16"):
+        restore(start(_run(whole, 2, 1, global_batch_size=16), ranks), "data")
+    with pytest.raises(CheckpointError, match=r"at step 20, but train.steps is 15"):
+        restore(start(_run(whole, 2, 1, steps=15), ranks), "data")
+
+
+@pytest.mark.timeout(300)
+def test_what_cannot_be_trusted_is_refused_by_every_rank(runs: Path, tmp_path: Path) -> None:
+    for name, (file, damage, _) in DAMAGE.items():
+        shutil.copytree(runs / "1-fp32/straight", tmp_path / name)
+        damage(tmp_path / name / "checkpoints/step_20" / file)
+    shutil.copytree(runs / "1-fp32/straight", tmp_path / "whole")
+    run_ranks(_all_refused, 2, tmp_path, tmp_path)
+
+
+@pytest.mark.parametrize("name", DAMAGE)
+def test_readers_without_an_engine_refuse_the_same(name: str, runs: Path, tmp_path: Path) -> None:
+    file, damage, words = DAMAGE[name]
+    shutil.copytree(runs / "1-fp32/straight", tmp_path / "run")
+    damage(tmp_path / "run/checkpoints/step_20" / file)
+    with pytest.raises(CheckpointError, match=words):
+        SavedModel.open(tmp_path / "run")
+    assert SavedModel.open(tmp_path / "run", HALF).step == HALF
+
+
+def test_a_torn_save_is_never_the_newest(runs: Path, tmp_path: Path) -> None:
+    run = Path(shutil.copytree(runs / "1-fp32/straight", tmp_path / "run"))
+    (run / "checkpoints/step_20").rename(run / "checkpoints/.torn-step_20")
+    (run / "checkpoints/step_30").mkdir()
+    assert SavedModel.open(run).step == HALF
+    with pytest.raises(CheckpointError, match=r"no checkpoint of step 20\. It has 10"):
+        SavedModel.open(run, 20)
