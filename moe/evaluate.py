@@ -1,0 +1,128 @@
+"""A saved run -> its loss on the held-out split, in nats per token and bits per byte, beside a unigram model's."""
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import click
+import numpy as np
+import torch
+
+from moe import log
+from moe.checkpoint.read import SavedModel
+from moe.config import RunConfig, check_data
+from moe.data.loader import validation_batches
+from moe.data.shards import TokenData
+from moe.errors import CheckpointError, DataError, clean_exit
+from moe.model import Transformer, initialize
+from moe.recipe import load
+
+_UNIGRAM_BLOCK = 1 << 22
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Held-out figures; every token of the split is predicted once, from at most sequence_length before it."""
+
+    step: int
+    loss: float
+    """Nats per token."""
+    bits_per_byte: float
+    """Of the documents' UTF-8 text; the ends of documents are predicted too."""
+    unigram_bits_per_byte: float
+    """Of a model that knows only the training split's token frequencies (add one)."""
+    tokens: int
+    bytes: int
+
+
+def evaluate(run_folder: Path, step: int | None = None, batch_size: int = 16) -> Evaluation:
+    """Evaluate a checkpoint (None: the newest) of a run on this machine, in float32.
+
+    Step 0 is the untrained model, drawn again from the recipe's seed. Raises `CheckpointError` or `DataError`.
+    """
+    run, model, step = _load(run_folder, step)
+    data = TokenData.open(Path(run.data.path), verify=run.data.verify_hashes)
+    check_data(run, data)
+    if not data.num_tokens("validation"):
+        raise DataError(
+            f"{run.data.path} has no validation split, so there is nothing to evaluate on. "
+            f"Prepare it with validation.fraction above 0."
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
+    nats, tokens = 0.0, 0
+    batches = validation_batches(
+        data, sequence_length=run.data.sequence_length, batch_size=batch_size, rank=0, world_size=1
+    )
+    with torch.no_grad():
+        for batch in batches:
+            ids, labels, mask = (t.to(device) for t in (batch.input_ids_BS, batch.labels_BS, batch.mask_BS))
+            nats += float(model(ids, labels, mask).cross_entropy)
+            tokens += int(mask.sum())
+    num_bytes = data.num_bytes("validation")
+    return Evaluation(
+        step=step,
+        loss=nats / tokens,
+        bits_per_byte=nats / math.log(2) / num_bytes,
+        unigram_bits_per_byte=unigram_nats(data) / math.log(2) / num_bytes,
+        tokens=tokens,
+        bytes=num_bytes,
+    )
+
+
+def unigram_nats(data: TokenData) -> float:
+    """Nats, summed over the same predictions, of the training split's token frequencies with one added to each."""
+    counts = _counts(data, "train", 0) + 1
+    # The first token of the split is predicted by nobody.
+    predicted = _counts(data, "validation", 1)
+    return float(-(predicted * np.log(counts / counts.sum())).sum())
+
+
+def _counts(data: TokenData, split: str, start: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    counts = np.zeros(data.vocab_size, dtype=np.int64)
+    end = data.num_tokens(split)
+    for begin in range(start, end, _UNIGRAM_BLOCK):
+        tokens = data.tokens(split, begin, min(begin + _UNIGRAM_BLOCK, end))
+        counts += np.bincount(tokens, minlength=data.vocab_size)
+    return counts
+
+
+def _load(run_folder: Path, step: int | None) -> tuple[RunConfig, Transformer, int]:
+    if step == 0:
+        recipe = run_folder / "recipe.yaml"
+        if not recipe.is_file():
+            raise CheckpointError(f"{run_folder} holds no run (no recipe.yaml). Give the folder of a run.")
+        run = load(RunConfig, recipe)
+        model = Transformer(run.model)
+        initialize(model, run.seed)
+        return run, model, 0
+    saved = SavedModel.open(run_folder, step)
+    model = Transformer(saved.run.model)
+    saved.into(model)
+    return saved.run, model, saved.step
+
+
+@click.command("evaluate")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--step", type=click.IntRange(min=0), help="Checkpoint to evaluate; 0: the untrained model. [newest]"
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the figures to this file too."
+)
+def command(run: Path, step: int | None, json_path: Path | None) -> None:
+    """Held-out loss and bits per byte of the run in folder RUN."""
+    with clean_exit():
+        log.setup()
+        found = evaluate(run, step)
+        click.echo(
+            f"step {found.step}: {found.loss:.4f} nats/token, {found.bits_per_byte:.4f} bits/byte "
+            f"(unigram model: {found.unigram_bits_per_byte:.4f}) over {found.tokens:,} tokens, {found.bytes:,} bytes"
+        )
+        if json_path is not None:
+            json_path.write_text(json.dumps(asdict(found)) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,133 @@
+"""Records of a run -> metrics.jsonl, the screen, TensorBoard. Rank 0 alone writes and speaks."""
+
+import json
+import math
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from moe import log
+from moe.config import RunConfig
+from moe.errors import ConfigError
+
+Record = Mapping[str, Any]
+
+
+class Tracker:
+    """Where a run's records go. Make one with `open`."""
+
+    def __init__(self, run: RunConfig, progress: Progress | None, board: Any) -> None:
+        self._path = run.folder / "metrics.jsonl"
+        self._progress = progress
+        self._task = progress.add_task("training", total=run.train.steps) if progress else None
+        self._board = board
+        self._steps = run.train.steps
+
+    @classmethod
+    @contextmanager
+    def open(cls, run: RunConfig, *, speaks: bool, step: int) -> Iterator["Tracker | None"]:
+        """A tracker for a run that stands at `step`; None on ranks that do not speak.
+
+        Records of later steps, left by a run that was killed after its last checkpoint, are dropped: those
+        steps will be taken again. Raises `ConfigError` if TensorBoard is asked for and not installed.
+        """
+        if not speaks:
+            yield None
+            return
+        _drop_after(run.folder / "metrics.jsonl", step)
+        board = _tensorboard(run) if run.logging.tensorboard else None
+        console = Console(stderr=True)
+        if not console.is_terminal:
+            yield cls(run, None, board)
+        else:
+            columns = (
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+            )
+            with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as progress:
+                tracker = cls(run, progress, board)
+                yield tracker
+        if board is not None:
+            board.finish()
+
+    def log(self, record: Record) -> None:
+        """A training record (moe.train says what is in it)."""
+        self._append(record)
+        sentence = _sentence(record)
+        if self._progress is not None and self._task is not None:
+            self._progress.update(self._task, completed=record["step"], status=sentence)
+        else:
+            left = (self._steps - record["step"]) * record["seconds"]
+            log.get().info("step %d/%d  %s  ETA %s", record["step"], self._steps, sentence, _duration(left))
+
+    def evaluation(self, record: Record) -> None:
+        """A record of the held-out loss."""
+        self._append(record)
+        log.get().info(
+            "step %d  held-out loss %.4f nats/token, %.4f bits/byte",
+            record["step"],
+            record["validation_loss"],
+            record["bits_per_byte"],
+        )
+
+    def _append(self, record: Record) -> None:
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        if self._board is not None:
+            scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+            self._board.log(scalars, step=record["step"])
+
+
+def _sentence(record: Record) -> str:
+    parts = [
+        f"loss {record['loss']:.4f}",
+        f"grad norm {record['grad_norm']:.3f}",
+        f"{record['tokens_per_second']:,.0f} tokens/s",
+        f"MFU {100 * record['mfu']:.1f} %",
+    ]
+    if "max_violation" in record:
+        parts.append(f"max violation {record['max_violation']:.2f}")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(math.ceil(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:d}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:d}:{seconds:02d}"
+
+
+def _drop_after(path: Path, step: int) -> None:
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue  # cut by a kill
+        if record.get("step", 0) <= step:
+            kept.append(line + "\n")
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, path)  # noqa: PTH105  atomic, also over an existing file
+
+
+def _tensorboard(run: RunConfig) -> Any:
+    from accelerate.tracking import TensorBoardTracker
+    from accelerate.utils import is_tensorboard_available
+
+    if not is_tensorboard_available():
+        raise ConfigError(
+            "logging.tensorboard is true, but tensorboard is not installed. "
+            "Install it with pip install 'turnout[tensorboard]', or set logging.tensorboard=false."
+        )
+    board = TensorBoardTracker(run.name, logging_dir=run.folder / "logs" / "tensorboard")
+    board.start() if hasattr(board, "start") else None
+    return board

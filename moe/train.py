@@ -1,0 +1,270 @@
+"""Recipe -> trained run folder; the same module under deepspeed, torchrun, accelerate, srun and plain python."""
+
+import json
+import math
+import os
+import shutil
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from moe import dist, log
+from moe.checkpoint import identity
+from moe.config import RunConfig, check_data, check_world
+from moe.data.shards import TokenData
+from moe.engine import ds_config
+from moe.errors import EXIT_STOPPED, ConfigError, ExportError, TurnoutError, clean_exit
+from moe.hf import families
+from moe.recipe import dump, load
+
+if TYPE_CHECKING:
+    from moe.checkpoint.save import TrainState
+    from moe.engine.engine import Engine
+    from moe.metrics import Meter, Tracker
+
+
+def preflight(run: RunConfig, world_size: int) -> TokenData:
+    """All that can be refused before a process starts: layout, data, run folder. Loads no DeepSpeed.
+
+    Raises `ConfigError`, `DataError` or `CheckpointError`.
+    """
+    check_world(run, world_size)
+    ds_config.check(run.deepspeed)
+    data = TokenData.open(Path(run.data.path), verify=False)
+    check_data(run, data)
+    if run.folder.exists() and not run.folder.is_dir():
+        raise ConfigError(f"run_dir is {run.folder}, but that is a file. Choose another run_dir.")
+    strangers = (
+        run.folder.is_dir() and any(run.folder.iterdir()) and not (run.folder / "recipe.yaml").is_file()
+    )
+    if strangers:
+        raise ConfigError(
+            f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
+            f"Choose another run_dir."
+        )
+    identity.check(run)
+    return data
+
+
+def main(recipe: str | Path, overrides: Sequence[str] = ()) -> int:
+    """Train, or go on training, the recipe's run on the ranks that the launcher announced.
+
+    Returns 0 when all steps are done, `EXIT_STOPPED` when a signal stopped it after a save. Raises
+    `TurnoutError` for what the user can mend.
+    """
+    stop = StopSignal.listen()
+    log.setup(dist.rank_from_environment())
+    run = load(RunConfig, recipe, overrides)
+    data = preflight(run, dist.world_size_from_environment())
+    with dist.start(run.parallel) as ranks:
+        return train(run, data, ranks, stop)
+
+
+def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: "StopSignal") -> int:
+    """The loop. Collective."""
+    from moe.checkpoint.resume import restore
+    from moe.checkpoint.save import save
+    from moe.data.loader import train_batches
+    from moe.engine.engine import Engine
+    from moe.metrics import Meter, Tracker
+
+    _prepare_folder(run, data, ranks)
+    engine = Engine.start(run, _model(run, ranks), ranks)
+    state = restore(engine, data.fingerprint)
+    _announce(run, data, ranks, state)
+    batches = train_batches(
+        data,
+        sequence_length=run.data.sequence_length,
+        global_batch_size=run.train.global_batch_size,
+        micro_batch_size=run.train.micro_batch_size,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        seed=run.seed,
+        start_step=state.step,
+    )
+    saved = state.step if state.step else None
+    with Tracker.open(run, speaks=ranks.speaks, step=state.step) as tracker:
+        meter = Meter(run, ranks, tracker)
+        if state.step == 0:
+            _evaluate(run, data, engine, tracker, state, meter)
+        while state.step < run.train.steps and not ranks.any(stop.received):
+            result = engine.step(next(batches), state.step)
+            state = state.after(result.num_tokens)
+            meter.step(result, step=state.step, tokens=state.tokens)
+            _evaluate(run, data, engine, tracker, state, meter)
+            if run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0:
+                with meter.stopped():
+                    save(engine, state, data.fingerprint)
+                saved = state.step
+        if saved != state.step and state.step:
+            save(engine, state, data.fingerprint)
+    return _finish(run, ranks, state)
+
+
+class StopSignal:
+    """Whether someone asked this process to stop; the loop saves at the next step and leaves."""
+
+    def __init__(self) -> None:
+        self.received = False
+
+    @classmethod
+    def listen(cls) -> "StopSignal":
+        """SIGTERM and SIGINT are requests from now on; a second SIGINT interrupts at once."""
+        stop = cls()
+        signal.signal(signal.SIGTERM, stop._receive)
+        signal.signal(signal.SIGINT, stop._receive)
+        return stop
+
+    def _receive(self, number: int, _: FrameType | None) -> None:
+        if self.received and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.received = True
+
+
+def _model(run: RunConfig, ranks: dist.Ranks) -> Any:
+    from moe.model import Transformer, initialize
+    from moe.sparse import ExpertLayout
+
+    num_experts = run.model.moe.num_experts if run.model.moe else 1
+    layout = ExpertLayout(num_experts, ranks.expert_parallel_size, ranks.expert_rank, ranks.expert_group)
+    model = Transformer(run.model, layout, run.train.activation_recomputation)
+    initialize(model, run.seed)
+    return model
+
+
+def _evaluate(
+    run: RunConfig,
+    data: TokenData,
+    engine: "Engine",
+    tracker: "Tracker | None",
+    state: "TrainState",
+    meter: "Meter",
+) -> None:
+    every = run.train.evaluate_every
+    if not every or (state.step % every and state.step != run.train.steps):
+        return
+    from moe.data.loader import validation_batches
+
+    with meter.stopped():
+        batches = validation_batches(
+            data,
+            sequence_length=run.data.sequence_length,
+            batch_size=run.train.micro_batch_size,
+            rank=engine.ranks.rank,
+            world_size=engine.ranks.world_size,
+        )
+        nats, tokens = (float(total) for total in engine.evaluate(batches))
+        if tracker is not None:
+            tracker.evaluation(
+                {
+                    "step": state.step,
+                    "validation_loss": nats / tokens,
+                    "bits_per_byte": nats / (data.num_bytes("validation") * math.log(2)),
+                }
+            )
+
+
+def _prepare_folder(run: RunConfig, data: TokenData, ranks: dist.Ranks) -> None:
+    """Rank 0 hashes the shards, writes the resolved recipe and copies the tokenizer; all learn of a fault."""
+    fault = ""
+    if ranks.speaks:
+        try:
+            if run.data.verify_hashes:
+                TokenData.open(Path(run.data.path), verify=True)
+            _write_folder(run, data)
+        except TurnoutError as error:
+            fault = str(error)
+        except OSError as error:
+            reason = error.strerror or error
+            fault = f"run_dir is {run.folder}, which cannot be written ({reason}). Choose another run_dir."
+    fault = ranks.gather(fault)[0]
+    if fault:
+        raise ConfigError(fault)
+
+
+def _write_folder(run: RunConfig, data: TokenData) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    _write_atomically(run.folder / "recipe.yaml", dump(run))
+    (run.folder / "done").unlink(missing_ok=True)
+    if not (run.folder / "tokenizer").is_dir():
+        partial = run.folder / ".tokenizer"
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(data.tokenizer_folder, partial)
+        partial.rename(run.folder / "tokenizer")
+
+
+def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainState") -> None:
+    if not ranks.speaks:
+        return
+    from moe.model import count
+
+    say = log.get().info
+    ep, zero = run.parallel.expert_parallel_size, run.parallel.zero_stage
+    accumulation = check_world(run, ranks.world_size)
+    try:
+        families.check_exportable(run.model)
+    except ExportError as error:
+        log.get().warning("this model cannot be exported: %s", error)
+    say("%s: %s", run.name, count(run.model, run.data.sequence_length).sentence())
+    say(
+        "%d ranks on %s, EP %d, ZeRO %d, %s, %d sequences of %d tokens a step in %d micro-batches a rank",
+        ranks.world_size,
+        ranks.device.type,
+        ep,
+        zero,
+        run.train.precision,
+        run.train.global_batch_size,
+        run.data.sequence_length,
+        accumulation,
+    )
+    epochs = (
+        run.train.steps * run.train.global_batch_size * run.data.sequence_length / data.num_tokens("train")
+    )
+    say("%s training tokens in %s: %.2f epochs", f"{data.num_tokens('train'):,}", run.data.path, epochs)
+    if state.step:
+        say("going on from step %d of %d", state.step, run.train.steps)
+
+
+def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:
+    done = state.step >= run.train.steps
+    if ranks.speaks:
+        if done:
+            _write_atomically(
+                run.folder / "done", json.dumps({"step": state.step, "tokens": state.tokens}) + "\n"
+            )
+            log.get().info("done: %d steps, %s tokens, in %s", state.step, f"{state.tokens:,}", run.folder)
+        else:
+            log.get().info(
+                "stopped at step %d of %d; the same command goes on from here", state.step, run.train.steps
+            )
+    ranks.barrier()
+    return 0 if done else EXIT_STOPPED
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+@click.command("train")
+@click.argument("recipe", type=click.Path())
+@click.argument("overrides", nargs=-1)
+@click.option(
+    "--local_rank", "--local-rank", type=int, hidden=True, help="Given by launchers; the environment counts."
+)
+def command(recipe: str, overrides: tuple[str, ...], local_rank: int | None) -> None:
+    """Train RECIPE, with key=value OVERRIDES, as one of the ranks that a launcher started."""
+    with clean_exit(speak=dist.rank_from_environment() == 0):
+        raise SystemExit(main(recipe, overrides))
+
+
+if __name__ == "__main__":
+    command()
