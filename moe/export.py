@@ -1,0 +1,132 @@
+"""A saved run -> a Hugging Face folder: `turnout export RUN --to DIR`."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from moe import log
+from moe.errors import ExportError, clean_exit
+
+if TYPE_CHECKING:
+    from moe.hf.pages import Dtype
+    from moe.hf.verify import Comparison
+
+
+@dataclass(frozen=True)
+class ExportResult:
+    """An export that is in its place."""
+
+    folder: str
+    architecture: str
+    step: int
+    dtype: str
+    num_parameters: int
+    num_tensors: int
+    num_bytes: int
+    """Of the weights."""
+    weight_files: tuple[str, ...]
+    comparison: "Comparison | None"
+    """Against stock transformers; None unless verified."""
+
+
+def export(
+    run_dir: Path,
+    to: Path,
+    *,
+    step: int | None = None,
+    dtype: "Dtype" = "fp32",
+    max_shard_size: int = 5 * 10**9,
+    verify: bool = False,
+) -> ExportResult:
+    """Write the run's newest step, or `step`, as a stock architecture into the new folder `to`.
+
+    The folder appears when it is whole and, with `verify`, equal to the run's model under stock transformers.
+    Raises `CheckpointError`: no such run or step; `ExportError`: no stock architecture, no tokenizer, `to` is
+    taken, or the logits differ.
+    """
+    from moe.checkpoint.read import SavedModel
+    from moe.hf import verify as verification
+    from moe.hf import write
+
+    saved = SavedModel.open(run_dir, step)
+    with write.new_folder(to) as folder:
+        written = write.write(
+            folder,
+            saved.run,
+            saved.step,
+            saved.names(),
+            saved.tensor,
+            run_dir / "tokenizer",
+            dtype=dtype,
+            max_shard_size=max_shard_size,
+        )
+        compared = verification.verify(folder, saved.run.model, saved.tensor, dtype) if verify else None
+    return ExportResult(
+        folder=str(to),
+        architecture=written.family.architecture,
+        step=saved.step,
+        dtype=dtype,
+        num_parameters=written.num_parameters,
+        num_tensors=written.num_tensors,
+        num_bytes=written.num_bytes,
+        weight_files=written.weight_files,
+        comparison=compared,
+    )
+
+
+@click.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option(
+    "--to", type=click.Path(path_type=Path), required=True, help="Folder to make; never overwritten."
+)
+@click.option("--step", type=click.IntRange(min=0), help="Saved step; the newest if not given.")
+@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
+@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
+@click.option(
+    "--verify", is_flag=True, help="Compare logits with stock transformers before the folder appears."
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file too."
+)
+def command(
+    run: Path,
+    to: Path,
+    step: int | None,
+    dtype: "Dtype",
+    max_shard_size: str,
+    verify: bool,
+    json_path: Path | None,
+) -> None:
+    """Write the model of the run folder RUN as a Hugging Face folder that stock transformers loads."""
+    log.setup()
+    with clean_exit():
+        from moe.hf.write import parse_size
+
+        result = export(
+            run, to, step=step, dtype=dtype, max_shard_size=parse_size(max_shard_size), verify=verify
+        )
+        click.echo(
+            f"exported step {result.step} of {run} as {result.architecture} ({result.num_parameters:,} parameters, "
+            f"{result.num_bytes / 1e6:,.1f} MB in {len(result.weight_files)} weight files, {dtype}) to {to}"
+        )
+        if (compared := result.comparison) is not None:
+            click.echo(
+                f"verified: transformers {compared.transformers} gives the same logits at {compared.num_positions} "
+                f"positions: max |difference| {compared.max_difference:.2e} with logits up to "
+                f"{compared.logit_scale:.3g}, KL {compared.kl:.1e}"
+            )
+        if json_path is not None:
+            try:
+                json_path.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
+            except OSError as error:
+                raise ExportError(
+                    f"{json_path} cannot be written ({error.strerror}); the export itself is in {to}. "
+                    f"Give --json the path of a file in a folder that exists."
+                ) from None
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,80 @@
+"""A run or a Hugging Face folder and a prompt -> text, as it comes: `turnout generate RUN --prompt "..."`."""
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from moe import log
+from moe.errors import CheckpointError, ConfigError, clean_exit
+from moe.hf.sample import Sampling, generate
+
+
+def open_model(source: Path) -> tuple[Any, Any]:
+    """A stock model and its tokenizer from a run folder or a Hugging Face folder.
+
+    Raises `CheckpointError`: neither, or not loadable; `ExportError`: a run without a stock architecture.
+    """
+    from moe.hf import load
+
+    if (source / "config.json").is_file():
+        return load.from_folder(source)
+    if not (source / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{source} is neither a run folder (no recipe.yaml) nor a Hugging Face folder (no config.json). "
+            f"Give a folder made by `turnout train` or `turnout export`."
+        )
+    from moe.checkpoint.read import SavedModel
+
+    saved = SavedModel.open(source, None)
+    return load.from_run(saved.run, saved.names(), saved.tensor, source / "tokenizer")
+
+
+@click.command("generate")
+@click.argument("source", metavar="RUN_OR_DIR", type=click.Path(path_type=Path))
+@click.option("--prompt", required=True, help="Text to continue; empty: a new document.")
+@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option("--temperature", type=float, help="Divides the logits; 0.8 if not given.")
+@click.option("--top-p", type=float, help="Share of the probability to draw from; 0.95 if not given.")
+@click.option("--seed", type=click.IntRange(min=0), help="Of the drawing; 0 if not given.")
+@click.option("--greedy", is_flag=True, help="Always take the likeliest token.")
+def command(
+    source: Path,
+    prompt: str,
+    max_new_tokens: int,
+    temperature: float | None,
+    top_p: float | None,
+    seed: int | None,
+    greedy: bool,
+) -> None:
+    """Continue a prompt with the model of a run folder or a Hugging Face folder."""
+    log.setup()
+    with clean_exit():
+        sampling = choose_sampling(greedy=greedy, temperature=temperature, top_p=top_p, seed=seed)
+        model, tokenizer = open_model(source)
+        generate(model, tokenizer, prompt, max_new_tokens, sampling)
+
+
+def choose_sampling(
+    *, greedy: bool, temperature: float | None, top_p: float | None, seed: int | None
+) -> Sampling:
+    """Options as given -> `Sampling`; raises `ConfigError` if they contradict each other or their rules."""
+    given = {"temperature": temperature, "top_p": top_p, "seed": seed}
+    set_ones = {name: value for name, value in given.items() if value is not None}
+    if greedy and set_ones:
+        name, value = next(iter(set_ones.items()))
+        raise ConfigError(
+            f"--{name.replace('_', '-')} is {value}, but --greedy draws nothing, so it has no effect. "
+            f"Remove one of the two."
+        )
+    if temperature is not None and not 0 < temperature < float("inf"):
+        raise ConfigError(
+            f"--temperature is {temperature}: it must be above 0. Use --greedy for no randomness."
+        )
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ConfigError(f"--top-p is {top_p}: it is a share of the probability, above 0 and at most 1.")
+    return Sampling(greedy=greedy, **set_ones)  # type: ignore[arg-type]  # a mapping of mixed values
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,1 @@
+"""Names and files of the outside world: stock architectures, their folders, their loaders."""

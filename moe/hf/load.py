@@ -1,0 +1,82 @@
+"""A Hugging Face folder, or a saved run -> a stock model and tokenizer, ready to generate."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from moe.config import RunConfig
+from moe.errors import CheckpointError
+from moe.hf.convert import check_names, disk_tensors, moves
+from moe.hf.families import family_of
+from moe.hf.pages import config_page, special_tokens
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from moe.hf.convert import Read
+
+
+def from_folder(folder: Path) -> tuple[Any, Any]:
+    """A `PreTrainedModel` and its tokenizer; raises `CheckpointError` if stock code cannot load them whole."""
+    transformers = _quiet()
+    try:
+        model, loading = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True
+        )
+    except Exception as error:  # whatever a damaged folder makes of half a dozen libraries
+        raise CheckpointError(_unloadable(folder, error)) from None
+    wrong = [key for kind in ("missing_keys", "mismatched_keys") for key in loading.get(kind) or ()]
+    if wrong:
+        raise CheckpointError(
+            f"{folder} lacks {wrong[0]} and {len(wrong) - 1} more of its weights: the model would be partly random. "
+            f"Export it again."
+        )
+    return model.eval(), tokenizer_from(folder)
+
+
+def from_run(run: RunConfig, names: "Collection[str]", read: "Read", tokenizer: Path) -> tuple[Any, Any]:
+    """The stock model that an export of the run would load as, and its tokenizer; nothing is written.
+
+    Raises `ExportError`: no stock architecture, or no tokenizer.
+    """
+    import torch
+
+    transformers = _quiet()
+    family = family_of(run.model)
+    plan = moves(family, run.model)
+    check_names(plan, names)
+    page = config_page(family, run.model, special_tokens(tokenizer), dtype="fp32", load_balancing_weight=0.0)
+    config = transformers.AutoConfig.for_model(**page)
+    model = getattr(transformers, family.architecture).from_pretrained(
+        None, config=config, state_dict=dict(disk_tensors(plan, read)), dtype=torch.float32
+    )
+    return model.eval(), tokenizer_from(tokenizer)
+
+
+def tokenizer_from(folder: Path) -> Any:
+    """The tokenizer in `folder`; raises `CheckpointError` if there is none or stock code cannot load it."""
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        # Stock code would make up an empty one from config.json, and say nothing.
+        raise CheckpointError(f"{folder} holds no tokenizer. Give a folder written by `turnout export`.")
+    try:
+        return _quiet().AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # as above
+        raise CheckpointError(_unloadable(folder, error, "tokenizer")) from None
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+
+
+def _quiet() -> Any:
+    """The `transformers` module, offline, without progress bars and advice."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    import transformers
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
+
+
+def _unloadable(folder: Path, error: Exception, what: str = "model") -> str:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return f"{folder}: its {what} cannot be loaded ({reason}). Give a folder written by `turnout export`."

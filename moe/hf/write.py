@@ -1,0 +1,179 @@
+"""A saved model -> a folder that stock `transformers` loads: whole and checked, or not there at all."""
+
+import json
+import re
+import secrets
+import shutil
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from moe.config import RunConfig
+from moe.errors import ConfigError, ExportError
+from moe.hf.convert import Move, check_names, disk_tensors, moves
+from moe.hf.families import Family, family_of
+from moe.hf.pages import TORCH_NAMES, Dtype, card, config_page, generation_page, special_tokens
+
+if TYPE_CHECKING:
+    from moe.hf.convert import Read
+
+_INDEX = "model.safetensors.index.json"
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was written."""
+
+    family: Family
+    num_tensors: int
+    num_parameters: int
+    num_bytes: int
+    """Of the weights."""
+    weight_files: tuple[str, ...]
+
+
+@contextmanager
+def new_folder(target: Path) -> Iterator[Path]:
+    """A hidden folder beside `target`, renamed to it when the block ends well and removed when it does not.
+
+    Raises `ExportError`: `target` exists and is not an empty folder, or its place cannot be written to.
+    """
+    _refuse_existing(target)
+    partial = target.absolute().parent / f".{target.name}.{secrets.token_hex(4)}.partial"
+    try:
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise ExportError(f"{target} cannot be made ({error.strerror}). Choose another --to.") from None
+    try:
+        yield partial
+        _refuse_existing(target)
+        partial.rename(target)  # onto nothing or an empty folder; anything else is refused by the system
+    except OSError as error:
+        raise ExportError(
+            f"{target} cannot be written ({error}). Mend that, or choose another --to."
+        ) from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write(
+    folder: Path,
+    run: RunConfig,
+    step: int,
+    names: Collection[str],
+    read: "Read",
+    tokenizer: Path,
+    *,
+    dtype: Dtype = "fp32",
+    max_shard_size: int = 5 * 10**9,
+) -> Written:
+    """Write weights, settings, tokenizer and card into the existing `folder`.
+
+    `names` are the saved logical names and `read` fetches one as float32; a shard of `max_shard_size` bytes and
+    one logical tensor are held at a time. Raises `ExportError`: no stock architecture, names or shapes that are
+    not the recipe's, no tokenizer.
+    """
+    family = family_of(run.model)
+    plan = moves(family, run.model)
+    check_names(plan, names)
+    tokens = special_tokens(tokenizer)
+    shutil.copytree(tokenizer, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    weight_files = _write_weights(folder, plan, read, dtype, max_shard_size)
+    weight = run.balance.load_balancing_weight
+    page = config_page(family, run.model, tokens, dtype=dtype, load_balancing_weight=weight)
+    _write_json(folder / "config.json", page)
+    _write_json(folder / "generation_config.json", generation_page(tokens))
+    (folder / "README.md").write_text(card(family, run, step, dtype), encoding="utf-8")
+    parameters = sum(move.numel for move in plan)
+    return Written(
+        family=family,
+        num_tensors=sum(len(move.disk) for move in plan),
+        num_parameters=parameters,
+        num_bytes=parameters * _itemsize(dtype),
+        weight_files=weight_files,
+    )
+
+
+def shards(plan: list[Move], dtype: Dtype, max_shard_size: int) -> dict[str, list[str]]:
+    """File names -> disk names, filled in the order of the plan; a tensor above the limit has a file of its own."""
+    groups: list[list[str]] = [[]]
+    filled = 0
+    for move in plan:
+        size = prod(move.disk_shape) * _itemsize(dtype)
+        for key in move.disk:
+            if groups[-1] and filled + size > max_shard_size:
+                groups.append([])
+                filled = 0
+            groups[-1].append(key)
+            filled += size
+    if len(groups) == 1:
+        return {"model.safetensors": groups[0]}
+    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": keys for n, keys in enumerate(groups, 1)}
+
+
+def parse_size(text: str) -> int:
+    """`5GB`, `500MB`, `2GiB` -> bytes; raises `ConfigError`."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", text.strip(), re.IGNORECASE)
+    size = int(float(match[1]) * _UNITS[match[2].upper()]) if match and match[2].upper() in _UNITS else 0
+    if not size:
+        raise ConfigError(
+            f"--max-shard-size is {text!r}: write a number and KB, MB, GB or GiB, for example 5GB."
+        )
+    return size
+
+
+def _write_weights(
+    folder: Path, plan: list[Move], read: "Read", dtype: Dtype, max_shard_size: int
+) -> tuple[str, ...]:
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    stream = disk_tensors(plan, read)
+    files = shards(plan, dtype, max_shard_size)
+    for file, keys in files.items():
+        held: dict[str, torch.Tensor] = {}
+        for expected in keys:
+            key, tensor = next(stream)
+            if key != expected:
+                raise ExportError(f"{file}: {key} came where {expected} was planned; nothing was exported.")
+            held[key] = tensor.to(getattr(torch, TORCH_NAMES[dtype]), copy=True).contiguous()
+        try:
+            save_file(held, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # how it says that the disk is full
+            raise OSError(str(error)) from None
+        # safetensors makes files that only their owner can read; the folder knows the user's umask.
+        (folder / file).chmod(folder.stat().st_mode & 0o666)
+    if (left := next(stream, None)) is not None:
+        raise ExportError(f"{left[0]} was left over; nothing was exported.")
+    if len(files) > 1:
+        total = sum(move.numel for move in plan)
+        _write_json(
+            folder / _INDEX,
+            {
+                "metadata": {"total_parameters": total, "total_size": total * _itemsize(dtype)},
+                "weight_map": {key: file for file, keys in files.items() for key in keys},
+            },
+        )
+    return tuple(files)
+
+
+def _refuse_existing(target: Path) -> None:
+    if target.is_dir() and not any(target.iterdir()):
+        return
+    if target.exists() or target.is_symlink():
+        raise ExportError(
+            f"{target} exists already, and an export never overwrites. Choose another --to, or remove it."
+        )
+
+
+def _write_json(path: Path, page: object) -> None:
+    path.write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
+
+
+def _itemsize(dtype: Dtype) -> int:
+    return {"fp32": 4, "bf16": 2}[dtype]

@@ -1,0 +1,24 @@
+"""A run's records -> one picture: `turnout report RUN`."""
+
+from pathlib import Path
+
+import click
+
+from moe import log
+from moe.errors import CheckpointError, clean_exit
+
+
+@click.command("report")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--png", type=click.Path(path_type=Path), help="File to write; RUN/report.png if not given.")
+def command(run: Path, png: Path | None) -> None:
+    """Draw the loss and the load of the experts of the run folder RUN."""
+    log.setup()
+    with clean_exit():
+        from moe.report.plot import plot_run
+
+        if not run.is_dir():
+            raise CheckpointError(f"{run} is no folder: give the folder of a run, for example runs/NAME.")
+        target = png or run / "report.png"
+        plot_run(run / "metrics.jsonl", target)
+        click.echo(f"drawn: {target}")
