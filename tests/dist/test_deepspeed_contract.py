@@ -1,0 +1,117 @@
+"""What we rely on in DeepSpeed, and the defects we work around: an upgrade that changes either fails here."""
+
+import inspect
+from pathlib import Path
+
+import pytest
+import torch
+
+from moe.engine import ds_config, groups
+from moe.engine.clip import clip_gradients
+from moe.engine.library import deepspeed
+from moe.errors import ConfigError
+from moe.sparse import SparseMoE
+from tests.dist.layouts import batches, curve, ranks_of, start, tiny, train
+from tests.harness import run_ranks
+
+
+def _plain_layers_are_wrong_or_refused(rank: int) -> None:
+    """Without the adapter's base class, expert parallelism under ZeRO 1 does not run."""
+    run = tiny(parallel={"expert_parallel_size": 2, "zero_stage": 1}, train={"micro_batch_size": 2})
+    ranks = ranks_of(rank, 2, 2)
+    adopted = curve(train(start(run, ranks), 0, 4))
+
+    def mark_only(layer: SparseMoE) -> None:
+        for parameter in layer.experts.parameters():
+            parameter.allreduce, parameter.group_name = False, "ep_size_2"  # type: ignore[attr-defined]
+
+    original, groups._adopt = groups._adopt, mark_only
+    try:
+        with pytest.raises((TypeError, KeyError)):
+            train(start(run, ranks), 0, 1)
+        groups._adopt = lambda _: None
+        unmarked = curve(train(start(run, ranks), 0, 4))
+    finally:
+        groups._adopt = original
+    # Without marks either it runs, with a healthy-looking loss and other numbers: what silence looks like.
+    assert unmarked.gradient_norm != pytest.approx(adopted.gradient_norm, rel=1e-4)
+
+
+def test_a_plain_layer_crashes_or_trains_silently_wrong(tmp_path: Path) -> None:
+    run_ranks(_plain_layers_are_wrong_or_refused, 2, tmp_path)
+
+
+def _norms_under_stage_0(rank: int) -> None:
+    """DeepSpeed averages local norms under ZeRO 0 with expert parallelism (DeepSpeed#8475); ours counts each once."""
+    ranks = ranks_of(rank, 2, 2)
+    layout = {"train": {"micro_batch_size": 4}, "parallel": {"expert_parallel_size": 2, "zero_stage": 1}}
+    expected = float(train(start(tiny(**layout), ranks), 0, 1)[0].gradient_norm)
+    layout["parallel"]["zero_stage"] = 0
+    run = tiny(**layout)
+    engine = start(run, ranks)
+    engine.wrapped.train()
+    (batch,) = batches(run, ranks, 0)
+    output = engine.wrapped(batch.input_ids_BS, batch.labels_BS, batch.mask_BS)
+    engine.wrapped.backward(engine._losses(output, batch, engine._totals([batch])).total * 2)
+    grads = [p.grad.double() for p in engine.model.parameters() if p.grad is not None]
+    local = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
+    assert float(ranks.sum(local.clone()) / 2) != pytest.approx(expected, rel=1e-6)
+    assert float(clip_gradients(engine.model, ranks, 0.0)) == pytest.approx(expected, rel=1e-6)
+
+
+def test_our_stage_0_norm_is_not_the_average_of_local_norms(tmp_path: Path) -> None:
+    run_ranks(_norms_under_stage_0, 2, tmp_path)
+
+
+def test_deepspeed_still_averages_local_norms_under_stage_0() -> None:
+    """When this fails, upstream has mended it: moe/engine/clip.py can go."""
+    source = inspect.getsource(deepspeed.runtime.engine.DeepSpeedEngine.clip_fp32_gradients)
+    assert "clip_grad_norm_(parameters=self.module.parameters()" in source
+
+
+def _moments_of_later_groups_are_not_linked(rank: int) -> None:
+    """DeepSpeed links moments when only the first parameter group has any; moe.checkpoint.state links again."""
+    engine = start(tiny(train={"micro_batch_size": 4}), ranks_of(rank, 2, 1))
+    train(engine, 0, 1)
+    linked = [
+        bool(p._hp_mapping.optim_fragment)  # type: ignore[attr-defined]  # DeepSpeed adds it
+        for p in engine.model.parameters()
+        if p._hp_mapping is not None  # type: ignore[attr-defined]  # DeepSpeed adds it
+    ]
+    assert any(linked)
+    assert not all(linked), "DeepSpeed has mended it: drop _link_moments"
+
+
+def test_deepspeed_still_links_moments_too_early(tmp_path: Path) -> None:
+    run_ranks(_moments_of_later_groups_are_not_linked, 2, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("section", "words"),
+    [
+        ({"gradient_cliping": 1.0}, "gradient_cliping: DeepSpeed would ignore it"),
+        ({"gradient_clipping": 1.0}, "follows from train.optimizer.gradient_clipping"),
+        ({"zero_optimization": {"overlap_com": True}}, "did you mean deepspeed.zero_optimization.overlap_comm"),
+        ({"zero_optimization": {"stage": 1}}, "follows from parallel.zero_stage"),
+        ({"zero_optimization": 1}, "must be a block"),
+        ({"wall_clock_breakdown": {"on": True}}, "must be a single value"),
+    ],
+)
+def test_raw_keys_are_checked(section: dict[str, object], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        ds_config.check(section)
+
+
+def test_raw_keys_reach_deepspeed() -> None:
+    run = tiny(deepspeed={"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True})
+    made = ds_config.make(run, 4)
+    assert made["zero_optimization"] == {"stage": 1, "overlap_comm": False}
+    assert made["wall_clock_breakdown"] is True
+
+
+def test_every_key_that_we_pass_through_is_one_that_deepspeed_reads() -> None:
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    passed = ds_config.PASSED_THROUGH["zero_optimization"]
+    assert passed is not None
+    assert passed <= set(DeepSpeedZeroConfig.model_fields)

@@ -1,0 +1,225 @@
+"""The model's parts by their laws: cross-entropy, recomputation, counts, initialisation, causality."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe.config import AttentionConfig, ModelConfig, MoEConfig
+from moe.model import ModelOutput, Transformer, count, initialize
+from moe.model import head as heads
+from moe.model.head import Head
+from moe.sparse import ExpertLayout
+
+
+def _config(**changes: Any) -> ModelConfig:
+    page: dict[str, Any] = {
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "num_layers": 3,
+        "attention": AttentionConfig(num_heads=4, num_kv_heads=2),
+        "moe": MoEConfig(num_experts=4, top_k=2, expert_intermediate_size=8),
+    }
+    return ModelConfig(**{**page, **changes})
+
+
+VARIANTS = {
+    "sparse": {},
+    "first dense": {
+        "intermediate_size": 24,
+        "moe": MoEConfig(num_experts=4, top_k=2, expert_intermediate_size=8, first_k_dense=1),
+    },
+    "shared gated, biases": {
+        "moe": MoEConfig(
+            num_experts=4,
+            top_k=2,
+            expert_intermediate_size=8,
+            shared_expert_intermediate_size=12,
+            shared_expert_gate=True,
+        ),
+        "attention": AttentionConfig(num_heads=4, num_kv_heads=2, qkv_bias=True, qk_norm=False),
+    },
+    "dense": {"intermediate_size": 24, "moe": None},
+    "tied": {"tie_embeddings": True},
+    "wide heads": {"attention": AttentionConfig(num_heads=2, head_dim=10)},
+}
+
+
+@pytest.fixture(params=VARIANTS, name="config")
+def _variant(request: pytest.FixtureRequest) -> ModelConfig:
+    return _config(**VARIANTS[request.param])
+
+
+def _batch() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    draw = torch.Generator().manual_seed(3)
+    ids = torch.randint(50, (2, 12), generator=draw)
+    labels = torch.randint(50, (2, 12), generator=draw)
+    mask = torch.ones(2, 12, dtype=torch.bool)
+    mask[1, 5:] = False
+    return ids, labels, mask
+
+
+def test_counts_are_those_of_the_built_model(config: ModelConfig) -> None:
+    model = Transformer(config)
+    counted = count(config, 12)
+    assert counted.total_parameters == sum(p.numel() for p in model.parameters())
+    inactive = 0
+    if config.moe is not None:
+        experts = [p for name, p in model.named_parameters() if ".experts." in name]
+        share = (config.moe.num_experts - config.moe.top_k) / config.moe.num_experts
+        inactive = int(sum(p.numel() for p in experts) * share)
+    assert counted.active_parameters == counted.total_parameters - inactive
+
+
+def test_flops_of_published_models_are_reproduced() -> None:
+    """Qwen3-30B-A3B and 235B-A22B at 4096 tokens: 23.08 and 148.3 GFLOP a token (published: 23.0, 147.8-148.2)."""
+    small = ModelConfig(
+        vocab_size=151936,
+        hidden_size=2048,
+        num_layers=48,
+        attention=AttentionConfig(num_heads=32, num_kv_heads=4, head_dim=128),
+        moe=MoEConfig(num_experts=128, top_k=8, expert_intermediate_size=768),
+    )
+    large = ModelConfig(
+        vocab_size=151936,
+        hidden_size=4096,
+        num_layers=94,
+        attention=AttentionConfig(num_heads=64, num_kv_heads=4, head_dim=128),
+        moe=MoEConfig(num_experts=128, top_k=8, expert_intermediate_size=1536),
+    )
+    assert count(small, 4096).flops_per_token / 1e9 == pytest.approx(23.08, abs=0.05)
+    assert count(large, 4096).flops_per_token / 1e9 == pytest.approx(148.3, abs=0.2)
+    assert count(small, 4096).total_parameters / 1e9 == pytest.approx(30.5, abs=0.1)
+    assert count(small, 4096).active_parameters / 1e9 == pytest.approx(3.35, abs=0.05)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.integers(1, 40), st.integers(2, 30), st.integers(1, 9), st.integers(0, 999))
+def test_chunked_cross_entropy_is_the_plain_one(tokens: int, vocabulary: int, chunk: int, seed: int) -> None:
+    draw = torch.Generator().manual_seed(seed)
+    head = Head(6, vocabulary).double()
+    torch.nn.init.normal_(head.weight, generator=draw)
+    h = torch.randn(tokens, 6, generator=draw, dtype=torch.float64, requires_grad=True)
+    labels = torch.randint(vocabulary, (tokens,), generator=draw)
+    mask = torch.rand(tokens, generator=draw) < 0.7
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(heads, "CHUNK_ELEMENTS", chunk * vocabulary)
+        loss = head(h, labels, mask)
+        (loss * 0.7).backward()
+    got = (h.grad, head.weight.grad)
+    h.grad = head.weight.grad = None
+    plain = F.cross_entropy(head(h)[mask], labels[mask], reduction="sum")
+    (plain * 0.7).backward()
+    torch.testing.assert_close(loss, plain, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(got, (h.grad, head.weight.grad), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+def test_cross_entropy_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No tensor as large as [T, V] is ever made, forward or backward."""
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            nonlocal largest
+            out = func(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, tuple | list) else (out,):
+                if isinstance(tensor, torch.Tensor):
+                    largest = max(largest, tensor.numel())
+            return out
+
+    monkeypatch.setattr(heads, "CHUNK_ELEMENTS", 1 << 12)
+    head = Head(8, 256)
+    torch.nn.init.normal_(head.weight)
+    h = torch.randn(512, 8, requires_grad=True)
+    with Watch():
+        head(h, torch.zeros(512, dtype=torch.int64)).backward()
+    assert largest <= max(1 << 12, 512 * 8)
+
+
+def test_recomputation_changes_no_bit_and_counts_once(config: ModelConfig) -> None:
+    ids, labels, mask = _batch()
+    grads, counts = [], []
+    for recompute in ("none", "block"):
+        model = Transformer(config, recompute=recompute)
+        initialize(model, 7)
+        output = model(ids, labels, mask)
+        assert isinstance(output, ModelOutput)
+        aux = sum((r.log_sum_exp_T.square().sum() for r in output.records), torch.zeros(()))
+        (output.cross_entropy + aux).backward()
+        grads.append({name: p.grad for name, p in model.named_parameters()})
+        counts.append([r.counts_E.tolist() for r in output.records])
+    assert counts[0] == counts[1]
+    for name, grad in grads[0].items():
+        assert grad is not None
+        assert torch.equal(grad, grads[1][name]), name  # type: ignore[arg-type]  # not None, as above
+
+
+def test_experts_are_initialised_alike_at_any_expert_parallel_size() -> None:
+    config = _config()
+    whole = Transformer(config)
+    initialize(whole, 7)
+    reference = dict(whole.named_parameters())
+    for rank in range(2):
+        part = Transformer(config, ExpertLayout(4, size=2, rank=rank))
+        initialize(part, 7)
+        for name, parameter in part.named_parameters():
+            expected = reference[name]
+            if ".experts." in name:
+                expected = expected[rank * 2 : rank * 2 + 2]
+            assert torch.equal(parameter, expected), name
+
+
+def test_initial_weights_have_the_stated_spread() -> None:
+    config = _config(hidden_size=128, moe=MoEConfig(num_experts=4, top_k=2, expert_intermediate_size=128))
+    model = Transformer(config)
+    initialize(model, 7)
+    for name, parameter in model.named_parameters():
+        if parameter.ndim < 2:
+            assert torch.equal(parameter, torch.ones_like(parameter)), name
+            continue
+        narrow = name.endswith(("attention.output.weight", "experts.down"))
+        expected = 0.02 / (6**0.5) if narrow else 0.02
+        assert float(parameter.detach().std()) == pytest.approx(expected, rel=0.1), name
+    experts = model.layers[0].ffn.experts.gate_up  # type: ignore[union-attr]  # a sparse layer
+    assert not torch.equal(experts[0], experts[1])  # type: ignore[index]  # a tensor
+
+
+def test_another_seed_gives_other_weights_and_the_same_seed_the_same() -> None:
+    models = [Transformer(_config()) for _ in range(3)]
+    for model, seed in zip(models, (1, 1, 2), strict=True):
+        initialize(model, seed)
+    assert torch.equal(models[0].embed.weight, models[1].embed.weight)
+    assert not torch.equal(models[0].embed.weight, models[2].embed.weight)
+
+
+def test_the_future_is_not_seen(config: ModelConfig) -> None:
+    model = Transformer(config).double()
+    initialize(model, 7)
+    ids, *_ = _batch()
+    changed = ids.clone()
+    changed[:, 8:] = (changed[:, 8:] + 1) % 50
+    with torch.no_grad():
+        a, b = model(ids), model(changed)
+    torch.testing.assert_close(a[:, :8], b[:, :8], rtol=1e-12, atol=1e-12)
+    assert not torch.allclose(a[:, 8:], b[:, 8:])
+
+
+def test_masked_positions_add_to_no_loss_and_no_count(config: ModelConfig) -> None:
+    model = Transformer(config).double()
+    initialize(model, 7)
+    ids, labels, mask = _batch()
+    other = labels.clone()
+    other[~mask] = (other[~mask] + 3) % 50
+    changed = ids.clone()
+    changed[~mask] = (changed[~mask] + 3) % 50
+    a, b = model(ids, labels, mask), model(changed, other, mask)
+    torch.testing.assert_close(a.cross_entropy, b.cross_entropy)
+    for one, two in zip(a.records, b.records, strict=True):
+        assert torch.equal(one.counts_E, two.counts_E)
+        assert int(one.counts_E.sum()) == int(mask.sum()) * 2

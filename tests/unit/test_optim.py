@@ -1,0 +1,61 @@
+"""Learning rates step by step, and which parameters decay."""
+
+import itertools
+
+import pytest
+
+from moe.config import AttentionConfig, ModelConfig, MoEConfig, OptimizerConfig, ScheduleConfig, TrainConfig
+from moe.model import Transformer
+from moe.optim import adamw, learning_rate, parameter_groups
+
+
+def _train(schedule: ScheduleConfig, steps: int = 100) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        global_batch_size=1,
+        micro_batch_size=1,
+        optimizer=OptimizerConfig(learning_rate=1.0),
+        schedule=schedule,
+    )
+
+
+def test_warm_up_rises_to_the_peak_and_cosine_ends_at_the_final_fraction() -> None:
+    train = _train(ScheduleConfig(kind="cosine", warmup_steps=10, final_fraction=0.1))
+    rates = [learning_rate(train, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.1)
+    assert all(a >= b for a, b in itertools.pairwise(rates[10:]))
+    assert rates[10 + 44] + rates[10 + 45] == pytest.approx(1.1, abs=1e-6)  # half-way
+
+
+def test_wsd_holds_the_peak_and_falls_in_a_line() -> None:
+    train = _train(ScheduleConfig(kind="wsd", warmup_steps=10, decay_steps=20, final_fraction=0.0))
+    rates = [learning_rate(train, step) for step in range(100)]
+    assert rates[9:80] == pytest.approx([1.0] * 71)
+    assert rates[99] == pytest.approx(0.0)
+    assert rates[89] == pytest.approx(0.5)
+
+
+def test_constant_stays() -> None:
+    train = _train(ScheduleConfig(kind="constant", warmup_steps=2))
+    assert [learning_rate(train, step) for step in (0, 1, 50, 99)] == pytest.approx([0.5, 1.0, 1.0, 1.0])
+
+
+def test_matrices_decay_and_vectors_do_not() -> None:
+    config = ModelConfig(
+        vocab_size=20,
+        hidden_size=8,
+        num_layers=1,
+        attention=AttentionConfig(num_heads=2, qkv_bias=True),
+        moe=MoEConfig(num_experts=2, top_k=2, expert_intermediate_size=4),
+    )
+    model = Transformer(config)
+    optimizer = OptimizerConfig(learning_rate=1.0, weight_decay=0.3)
+    groups = parameter_groups(model, optimizer)
+    names = {id(p): name for name, p in model.named_parameters()}
+    decayed = {names[id(p)] for p in groups[0]["params"]}
+    plain = {names[id(p)] for p in groups[1]["params"]}
+    assert decayed | plain == set(names.values())
+    assert plain == {name for name in names.values() if "norm" in name or name.endswith("bias")}
+    assert [group["weight_decay"] for group in adamw(groups, optimizer).param_groups] == [0.3, 0.0]
