@@ -91,7 +91,10 @@ def test_deepspeed_still_links_moments_too_early(tmp_path: Path) -> None:
     [
         ({"gradient_cliping": 1.0}, "gradient_cliping: DeepSpeed would ignore it"),
         ({"gradient_clipping": 1.0}, "follows from train.optimizer.gradient_clipping"),
-        ({"zero_optimization": {"overlap_com": True}}, "did you mean deepspeed.zero_optimization.overlap_comm"),
+        (
+            {"zero_optimization": {"overlap_com": True}},
+            "did you mean deepspeed.zero_optimization.overlap_comm",
+        ),
         ({"zero_optimization": {"stage": 1}}, "follows from parallel.zero_stage"),
         ({"zero_optimization": 1}, "must be a block"),
         ({"wall_clock_breakdown": {"on": True}}, "must be a single value"),
