@@ -2,6 +2,7 @@
 
 import logging
 import os
+import warnings
 
 import torch
 
@@ -14,6 +15,8 @@ import deepspeed.ops
 
 # The shared-memory collective serves only inference, and compiling it takes minutes when ranks start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# DeepSpeed 0.19.8 calls it by the name that torch 2.13 deprecates; nothing a user can do.
+warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 
 __all__ = ["deepspeed"]

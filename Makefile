@@ -1,0 +1,50 @@
+# Every command of the project. `make` lists them; each makes its own .venv when there is none.
+
+PYTHON ?= python3
+BIN := .venv/bin
+# Tests and the demo need no network once the packages are there.
+OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+
+.DEFAULT_GOAL := help
+.PHONY: help venv demo test test-all parity check format lock clean
+
+help:  ## This list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
+
+venv: .venv/ready  ## The virtual environment with the locked packages
+
+.venv/ready: requirements.lock pyproject.toml
+	@.ci/make-venv $(PYTHON) .venv
+	@echo "installing the packages of requirements.lock into .venv: a minute or two"
+	$(BIN)/python -m pip install --disable-pip-version-check -q -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
+	@touch $@
+
+demo: venv  ## Text to Hugging Face checkpoint in one go, small: under 10 minutes on 2 cores, installing included
+	$(OFFLINE) $(BIN)/turnout demo
+
+test: venv  ## The tests, with real 2- and 4-process runs, under 15 minutes on 2 cores
+	$(OFFLINE) $(BIN)/python -m pytest
+
+test-all: venv  ## The slow tests that `make test` leaves out
+	$(OFFLINE) $(BIN)/python -m pytest -m slow
+
+parity: venv  ## The layout parity of `make test` as a table: 48 layouts beside one process
+	$(OFFLINE) $(BIN)/python -m tests.dist.parity
+
+check: venv  ## Format, lint, types and the floors between packages
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+format: venv  ## Write the files as `check` wants them
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock:  ## Resolve the ranges of pyproject.toml anew and write requirements.lock
+	.ci/make-lock $(PYTHON)
+
+clean:  ## Remove caches and the virtual environment; runs and data stay
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,236 @@
+"""Every rule of moe/config, broken once: one clear message with the value, the rule and the way out."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from moe import recipe
+from moe.config import RunConfig, check_data, check_world
+from moe.errors import ConfigError
+
+Page = dict[str, Any]
+
+
+def parse(page: Page, *overrides: str) -> RunConfig:
+    return recipe.parse(RunConfig, recipe.yaml.safe_dump(page), overrides, source="recipe.yaml")
+
+
+# What is set, and what the message must say: the value, the rule, the way out.
+BROKEN: dict[str, tuple[list[str], list[str]]] = {
+    "unknown key": (["train.step=10"], ["train.step: there is no such setting", "did you mean train.steps?"]),
+    "unknown key deep down": (
+        ["train.optimizer.lr=0.1"],
+        ["train.optimizer.lr: there is no", "learning_rate"],
+    ),
+    "unknown section": (["modle.num_layers=2"], ["modle: there is no such setting", "did you mean model?"]),
+    "word for a number": (
+        ["train.steps=many"],
+        ["train.steps is 'many'", "valid integer", "train.steps=VALUE"],
+    ),
+    "fraction for a count": (["train.steps=1.5"], ["train.steps is 1.5", "integer", "train.steps=VALUE"]),
+    "number for a word": (["name=7"], ["name is 7", "valid string", "name=VALUE"]),
+    "word for a switch": (["data.verify_hashes=maybe"], ["data.verify_hashes is 'maybe'", "valid boolean"]),
+    "number for a block": (["train=7"], ["train is 7", "block of settings", "steps"]),
+    "number for an optional block": (["model.moe=7"], ["model.moe is 7", "block of settings", "top_k"]),
+    "missing": (["model.vocab_size=null"], ["model.vocab_size is None", "valid integer", "VALUE"]),
+    "negative": (["train.steps=-1"], ["train.steps is -1", "greater than 0", "train.steps=VALUE"]),
+    "zero experts": (["model.moe.num_experts=0"], ["model.moe.num_experts is 0", "greater than 0"]),
+    "beta of one": (["train.optimizer.beta2=1.0"], ["train.optimizer.beta2 is 1.0", "less than 1"]),
+    "fraction above one": (
+        ["train.schedule.final_fraction=2"],
+        ["final_fraction is 2", "less than or equal to 1"],
+    ),
+    "not a number": (["train.optimizer.learning_rate=.nan"], ["learning_rate is nan", "finite"]),
+    "unknown choice": (["train.precision=fp8"], ["train.precision is 'fp8'", "'fp32' or 'bf16'"]),
+    "stage three": (["parallel.zero_stage=3"], ["parallel.zero_stage is 3", "0, 1 or 2"]),
+    "path for a name": (["name=../up"], ["name is '../up'", "letters, digits, dot, dash", "name=VALUE"]),
+    "heads and width": (
+        ["model.attention.num_heads=6", "model.attention.num_kv_heads=3"],
+        ["model.hidden_size is 32", "num_heads is 6", "Use one of 1, 2, 4, 8, 16, 32 heads"],
+    ),
+    "key heads": (
+        ["model.attention.num_kv_heads=3"],
+        ["num_kv_heads is 3", "num_heads is 4", "Use one of 1, 2, 4"],
+    ),
+    "odd head": (["model.attention.head_dim=7"], ["head_dim is 7", "must be even", "Use 8"]),
+    "dense without a width": (
+        ["model.moe.first_k_dense=1"],
+        ["model.intermediate_size is not set", "1 of 2 layers are dense", "Set model.intermediate_size"],
+    ),
+    "width without a dense layer": (
+        ["model.intermediate_size=64"],
+        ["model.intermediate_size is 64", "every layer is sparse", "Remove it"],
+    ),
+    "more choices than experts": (["model.moe.top_k=9"], ["top_k is 9", "num_experts is 8", "1 to 8"]),
+    "router without a gradient": (
+        ["model.moe.top_k=1"],
+        ["normalize_top_k is true", "normalize_top_k=false"],
+    ),
+    "no sparse layer": (
+        ["model.moe.first_k_dense=2", "model.intermediate_size=64"],
+        ["first_k_dense is 2", "num_layers is 2", "Use 1 or less"],
+    ),
+    "gate without a shared expert": (
+        ["model.moe.shared_expert_gate=true"],
+        ["shared_expert_gate is true", "no effect", "shared_expert_intermediate_size"],
+    ),
+    "long sequences": (
+        ["data.sequence_length=65"],
+        ["sequence_length is 65", "length is 64", "Use 64 or less"],
+    ),
+    "long warm-up": (["train.schedule.warmup_steps=9"], ["warmup_steps is 9", "steps is 8", "Use 8 or less"]),
+    "wsd without a decay": (["train.schedule.kind=wsd"], ["decay_steps is None", "kind wsd", "Set both"]),
+    "decay without wsd": (
+        ["train.schedule.decay_steps=2"],
+        ["decay_steps is 2", "kind cosine", "or neither"],
+    ),
+    "decay of a constant": (
+        ["train.schedule.kind=constant", "train.schedule.final_fraction=0.5"],
+        ["final_fraction is set", "never decays", "Remove it"],
+    ),
+    "overlapping schedule": (
+        ["train.schedule.kind=wsd", "train.schedule.decay_steps=6", "train.schedule.warmup_steps=4"],
+        ["warmup_steps 4 + decay_steps 6", "train.steps 8", "Shorten"],
+    ),
+    "uneven batch": (
+        ["train.micro_batch_size=3"],
+        ["global_batch_size is 8", "is 3", "Use one of 1, 2, 4, 8"],
+    ),
+    "uneven experts": (
+        ["parallel.expert_parallel_size=3"],
+        ["expert_parallel_size is 3", "num_experts is 8", "Use one of 1, 2, 4, 8"],
+    ),
+    "expert parallel without experts": (
+        ["model.moe=null", "model.intermediate_size=64", "parallel.expert_parallel_size=2"],
+        ["expert_parallel_size is 2", "no experts", "Use 1, or add model.moe"],
+    ),
+    "bf16 under stage 0": (
+        ["parallel.zero_stage=0", "train.precision=bf16"],
+        ["zero_stage is 0", "bf16", "Use zero_stage 1, or fp32"],
+    ),
+    "balance without experts": (
+        ["model.moe=null", "model.intermediate_size=64", "balance.router_z_loss_weight=0.1"],
+        ["balance is set", "no experts", "Remove the balance section"],
+    ),
+    "scope of no loss": (
+        ["balance.load_balancing_weight=0", "balance.load_balancing_scope=global_batch"],
+        ["load_balancing_scope is global_batch", "no effect", "give the loss a weight"],
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_a_broken_recipe_is_refused_with_value_rule_and_way_out(case: str, tiny_page: Page) -> None:
+    overrides, said = BROKEN[case]
+    with pytest.raises(ConfigError) as refused:
+        parse(tiny_page, *overrides)
+    message = str(refused.value)
+    assert message.startswith("recipe.yaml: ")
+    assert [part for part in said if part not in message] == [], message
+
+
+def test_the_tiny_recipe_itself_is_sound(tiny_page: Page) -> None:
+    assert parse(tiny_page).model.sparse_layers == range(2)
+
+
+def test_every_fault_is_named_at_once(tiny_page: Page) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(tiny_page, "train.steps=0", "sead=1", "model.moe.top_k=two")
+    assert all(
+        part in str(refused.value) for part in ("train.steps is 0", "did you mean seed", "top_k is 'two'")
+    )
+
+
+def test_every_contradiction_is_named_at_once(tiny_page: Page) -> None:
+    with pytest.raises(ConfigError) as refused:
+        parse(tiny_page, "model.moe.top_k=9", "train.micro_batch_size=3")
+    assert all(part in str(refused.value) for part in ("top_k is 9", "micro_batch_size is 3"))
+
+
+def test_a_required_setting_that_is_left_out_is_named_with_its_meaning(tiny_page: Page) -> None:
+    del tiny_page["data"]["path"]
+    with pytest.raises(
+        ConfigError, match=r"data\.path is required.*Folder made by `turnout prepare`.*data\.path=VALUE"
+    ):
+        parse(tiny_page)
+
+
+def test_settings_do_not_change_after_they_were_checked(tiny_page: Page) -> None:
+    run = parse(tiny_page)
+    with pytest.raises(ValidationError):
+        run.seed = 8  # type: ignore[misc]  # that it is refused is the point
+
+
+@pytest.mark.parametrize(
+    ("overrides", "world_size", "said"),
+    [
+        (["parallel.expert_parallel_size=2"], 3, ["expert_parallel_size is 2", "3 ranks", "Use one of 1, 3"]),
+        (["parallel.expert_parallel_size=4"], 2, ["expert_parallel_size is 4", "2 ranks", "Use one of 1, 2"]),
+        ([], 8, ["global_batch_size is 8", "8 ranks x train.micro_batch_size 2 = 16", "multiple of 16"]),
+    ],
+)
+def test_a_layout_that_cannot_be_is_refused(
+    overrides: list[str], world_size: int, said: list[str], tiny_page: Page
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_world(parse(tiny_page, *overrides), world_size)
+    assert [part for part in said if part not in str(refused.value)] == [], refused.value
+
+
+@pytest.mark.parametrize(("world_size", "steps"), [(1, 4), (2, 2), (4, 1)])
+def test_the_global_batch_is_the_same_on_any_number_of_ranks(
+    world_size: int, steps: int, tiny_page: Page
+) -> None:
+    assert check_world(parse(tiny_page), world_size) == steps
+
+
+@dataclass(frozen=True)
+class Facts:
+    vocab_size: int = 512
+    tokens: dict[str, int] = field(default_factory=lambda: {"train": 10_000, "validation": 1_000})
+
+    def num_tokens(self, split: str) -> int:
+        return self.tokens[split]
+
+
+@pytest.mark.parametrize(
+    ("facts", "said"),
+    [
+        (
+            Facts(vocab_size=513),
+            ["vocab_size is 512", "data/tiny has 513", "Set model.vocab_size=513 or more"],
+        ),
+        (
+            Facts(tokens={"train": 20, "validation": 5}),
+            ["sequence_length is 32", "20 tokens", "length=19 or less"],
+        ),
+        (
+            Facts(tokens={"train": 999, "validation": 0}),
+            ["evaluate_every is 4", "no validation split", "Prepare it"],
+        ),
+    ],
+)
+def test_a_model_that_does_not_fit_the_data_is_refused(
+    facts: Facts, said: list[str], tiny_page: Page
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        check_data(parse(tiny_page, "train.evaluate_every=4"), facts)
+    assert [part for part in said if part not in str(refused.value)] == [], refused.value
+
+
+def test_data_that_fits_is_accepted(tiny_page: Page) -> None:
+    check_data(parse(tiny_page, "train.evaluate_every=4"), Facts())
+
+
+def test_every_setting_says_what_it_means() -> None:
+    schema = RunConfig.model_json_schema()
+    sections = {"RunConfig": schema, **schema["$defs"]}
+    silent = [
+        f"{name}.{key}"
+        for name, section in sections.items()
+        for key, setting in section["properties"].items()
+        if "description" not in setting and "$ref" not in str(setting)
+    ]
+    assert silent == []
