@@ -50,6 +50,19 @@ def test_every_package_is_in_the_layer_contract() -> None:
     assert {f"moe.{name}" for name in top - {"__init__"}} - named == set()
 
 
+def test_no_test_file_is_passed_over() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", ""],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+    collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
+    assert {str(path.relative_to(ROOT)) for path in (ROOT / "tests").rglob("test_*.py")} - collected == set()
+
+
 def test_files_stay_small() -> None:
     lines = {str(path.relative_to(ROOT)): len(path.read_text().splitlines()) for path in SOURCES}
     assert {name: count for name, count in lines.items() if count > LONGEST} == {}
