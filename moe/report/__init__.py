@@ -5,7 +5,9 @@ from pathlib import Path
 import click
 
 from moe import log
+from moe.config import RunConfig
 from moe.errors import CheckpointError, clean_exit
+from moe.recipe import load
 
 
 @click.command("report")
@@ -20,5 +22,7 @@ def command(run: Path, png: Path | None) -> None:
         if not run.is_dir():
             raise CheckpointError(f"{run} is no folder: give the folder of a run, for example runs/NAME.")
         target = png or run / "report.png"
-        plot_run(run / "metrics.jsonl", target)
+        recipe = run / "recipe.yaml"
+        name = load(RunConfig, recipe).name if recipe.is_file() else None
+        plot_run(run / "metrics.jsonl", target, name)
         click.echo(f"drawn: {target}")

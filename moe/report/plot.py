@@ -19,8 +19,8 @@ _SHORT, _LONG = 30, 60
 _BLUE, _ORANGE, _GREY = "#2a5d8f", "#d1661a", "#8a8f98"
 
 
-def plot_run(metrics_path: Path, png_path: Path) -> None:
-    """Draw `metrics.jsonl` to `png_path`; a dense model gets the loss alone.
+def plot_run(metrics_path: Path, png_path: Path, title: str | None = None) -> None:
+    """Draw `metrics.jsonl` to `png_path`; a dense model gets the loss alone. `title`: else the folder's name.
 
     Raises `CheckpointError`: the records cannot be read, or the picture cannot be written.
     """
@@ -39,7 +39,13 @@ def plot_run(metrics_path: Path, png_path: Path) -> None:
         if load_LE is not None:
             _draw_load(figure, figure.add_subplot(panels[1, 0]), load_LE, len(_loaded(records)))
             _draw_violation(figure.add_subplot(panels[1, 1]), records)
-        figure.suptitle(_title(metrics_path, records), x=0.012, ha="left", fontsize=13, fontweight="bold")
+        figure.suptitle(
+            _title(title or metrics_path.absolute().parent.name, records),
+            x=0.012,
+            ha="left",
+            fontsize=13,
+            fontweight="bold",
+        )
         try:
             figure.savefig(png_path, format="png")
         except OSError as error:
@@ -178,9 +184,9 @@ def _smooth(values: list[float]) -> "np.ndarray[Any, Any]":
     return smoothed
 
 
-def _title(metrics_path: Path, records: Records) -> str:
+def _title(name: str, records: Records) -> str:
     last = records.training[-1]
-    parts = [metrics_path.absolute().parent.name, f"{last['step']:,} steps"]
+    parts = [name, f"{last['step']:,} steps"]
     if last.get("tokens_per_second"):
         speeds = sorted(row["tokens_per_second"] for row in records.training if row.get("tokens_per_second"))
         parts.append(f"{speeds[len(speeds) // 2]:,.0f} tokens/s")
