@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moe.config import BalanceConfig
 from moe.model import ModelOutput
-from moe.sparse import balance
+from moe.sparse import RoutingRecord, balance
 
 
 @dataclass(frozen=True)
@@ -19,8 +19,10 @@ class Totals:
     """Unmasked tokens; float scalar."""
     num_sequences: Tensor
     """Sequences with an unmasked token; float scalar."""
+    num_micro_batches: int
+    """Over all ranks."""
     counts_LE: Tensor | None = None
-    """int64: choices per sparse layer and expert; needed by the global-batch scope alone."""
+    """int64: choices per sparse layer and expert; needed by the global-batch loss alone."""
 
 
 @dataclass(frozen=True)
@@ -32,9 +34,9 @@ class Losses:
     cross_entropy: Tensor
     """Nats per token."""
     load_balancing: Tensor
-    """Mean over sparse layers; 1 is balance."""
+    """Mean over sparse layers of the loss with the widest scope in use, unweighted; 1 is balance."""
     router_z: Tensor
-    """Mean over sparse layers."""
+    """Mean over sparse layers, unweighted."""
 
 
 def losses(output: ModelOutput, mask_BS: Tensor, totals: Totals, config: BalanceConfig) -> Losses:
@@ -44,26 +46,39 @@ def losses(output: ModelOutput, mask_BS: Tensor, totals: Totals, config: Balance
         nothing = torch.zeros_like(cross_entropy).detach()
         return Losses(cross_entropy, cross_entropy.detach(), nothing, nothing)
     mask_T = mask_BS.flatten()
-    if config.load_balancing_scope == "sequence":
-        per_layer = [balance.sequence_balance(r, mask_BS) / totals.num_sequences for r in output.records]
-    else:
-        assert totals.counts_LE is not None
-        per_layer = [
-            balance.global_balance(r, mask_T, counts_E, totals.num_tokens)
-            for r, counts_E in zip(output.records, totals.counts_LE, strict=True)
-        ]
-    load_balancing = torch.stack(per_layer)
     router_z = torch.stack([balance.z_loss(r, mask_T) / totals.num_tokens for r in output.records])
-    total = (
-        cross_entropy
-        + config.load_balancing_weight * load_balancing.sum()
-        + config.router_z_loss_weight * router_z.sum()
-    )
+    total = cross_entropy + config.router_z_loss_weight * router_z.sum()
+    load_balancing = torch.zeros_like(router_z).detach()
+    for weight, per_layer in _scopes(output.records, mask_BS, totals, config):
+        load_balancing = per_layer
+        total = total + weight * per_layer.sum()
     return Losses(total, cross_entropy.detach(), load_balancing.detach().mean(), router_z.detach().mean())
 
 
-def local_counts(outputs: Sequence[ModelOutput]) -> Tensor | None:
-    """int64 [L, E]: choices on this rank, summed over micro-batches; None for a dense model."""
-    if not outputs or not outputs[0].records:
+def _scopes(
+    records: Sequence[RoutingRecord], mask_BS: Tensor, totals: Totals, config: BalanceConfig
+) -> list[tuple[float, Tensor]]:
+    """(weight, loss of each layer) for the scopes in use, narrow to wide."""
+    found, mask_T = [], mask_BS.flatten()
+    if config.sequence_loss_weight:
+        shares = [balance.sequence_balance(r, mask_BS) / totals.num_sequences for r in records]
+        found.append((config.sequence_loss_weight, torch.stack(shares)))
+    if config.micro_batch_loss_weight:
+        shares = [balance.micro_batch_balance(r, mask_T) / totals.num_micro_batches for r in records]
+        found.append((config.micro_batch_loss_weight, torch.stack(shares)))
+    if config.global_batch_loss_weight:
+        assert totals.counts_LE is not None
+        pairs = zip(records, totals.counts_LE, strict=True)
+        shares = [balance.global_balance(r, mask_T, counts_E, totals.num_tokens) for r, counts_E in pairs]
+        found.append((config.global_batch_loss_weight, torch.stack(shares)))
+    return found
+
+
+def local_load(output: ModelOutput) -> Tensor | None:
+    """int64 [L, E + 1]: choices of each expert on this rank, and in the last column those that were dropped.
+
+    None for a dense model.
+    """
+    if not output.records:
         return None
-    return torch.stack([torch.stack([r.counts_E for r in output.records]) for output in outputs]).sum(0)
+    return torch.stack([torch.cat([r.counts_E, r.num_dropped.view(1)]) for r in output.records])

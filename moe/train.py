@@ -18,7 +18,7 @@ from moe.config import RunConfig, check_data, check_world
 from moe.data.shards import TokenData
 from moe.engine import ds_config
 from moe.errors import EXIT_STOPPED, ConfigError, ExportError, TurnoutError, clean_exit
-from moe.hf import families
+from moe.hf.match import check_exportable
 from moe.recipe import dump, load
 
 if TYPE_CHECKING:
@@ -127,11 +127,11 @@ class StopSignal:
 
 def _model(run: RunConfig, ranks: dist.Ranks) -> Any:
     from moe.model import Transformer, initialize
-    from moe.sparse import ExpertLayout
+    from moe.sparse import Capacity, ExpertLayout
 
     num_experts = run.model.moe.num_experts if run.model.moe else 1
     layout = ExpertLayout(num_experts, ranks.expert_parallel_size, ranks.expert_rank, ranks.expert_group)
-    model = Transformer(run.model, layout, run.train.activation_recomputation)
+    model = Transformer(run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance))
     initialize(model, run.seed)
     return model
 
@@ -206,7 +206,7 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
     ep, zero = run.parallel.expert_parallel_size, run.parallel.zero_stage
     accumulation = check_world(run, ranks.world_size)
     try:
-        families.check_exportable(run.model)
+        check_exportable(run.model)
     except ExportError as error:
         log.get().warning("this model cannot be exported: %s", error)
     say("%s: %s", run.name, count(run.model, run.data.sequence_length).sentence())

@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 
 from moe.config import ModelConfig, RunConfig
 from moe.hf.convert import moves
-from moe.hf.families import family_of
+from moe.hf.match import family_of
 from moe.recipe import dump
 
 
@@ -111,7 +111,7 @@ def run_of(model: ModelConfig, *, load_balancing_weight: float = 0.03) -> RunCon
         },
     }
     if model.moe is not None:
-        page["balance"] = {"load_balancing_weight": load_balancing_weight}
+        page["balance"] = {"sequence_loss_weight": load_balancing_weight}
     return RunConfig.model_validate(page)
 
 

@@ -62,10 +62,10 @@ class SavedModel:
         return parts[0] if keys == [_PREFIX + name] else torch.stack(parts)
 
     def into(self, model: Transformer) -> None:
-        """Copy every weight into an unsharded model, in its dtype."""
+        """Copy every weight and buffer into an unsharded model, in its dtype."""
         with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                parameter.copy_(self.tensor(name))
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                tensor.copy_(self.tensor(name))
 
     def _weight_keys(self) -> Iterator[str]:
         return (key for key in self.manifest.tensors if key.startswith(_PREFIX))

@@ -43,6 +43,8 @@ def restore(engine: Engine, data_fingerprint: str) -> TrainState:
                     f"{folder}: {keys[0]} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}."
                 )
             states.write(engine, parameter, state, value)
+        for name, buffer in engine.model.named_buffers():
+            buffer.copy_(tensors.get(states.key(states.WEIGHT, name)))
     _restore_rng(engine.ranks, folder, manifest)
     engine.ranks.barrier()
     return TrainState(manifest.step, manifest.tokens)

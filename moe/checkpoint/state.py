@@ -24,7 +24,8 @@ def collect(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """This rank's part of the state: (key, float32 CPU tensor). Collective: every rank runs through all of it.
 
     Replicated parameters are dealt out over all ranks; of the ranks that hold the same experts the first has
-    them. Together the parts are the whole state, each tensor once.
+    them; buffers (selection biases) are equal everywhere and the first rank's. Together the parts are the whole
+    state, each tensor once.
     """
     ranks = engine.ranks
     _link_moments(engine)
@@ -37,6 +38,9 @@ def collect(engine: Engine) -> Iterator[tuple[str, Tensor]]:
                         yield key(state, name, expert), tensor.cpu().clone()
             elif ranks.rank == turn % ranks.world_size:
                 yield key(state, name), whole.cpu().clone()
+    if ranks.speaks:
+        for name, buffer in engine.model.named_buffers():
+            yield key(WEIGHT, name), buffer.detach().cpu().clone()
 
 
 def needed(engine: Engine) -> Iterator[tuple[nn.Parameter, str, list[str]]]:

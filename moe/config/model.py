@@ -29,8 +29,20 @@ class MoEConfig(Section):
     """Experts that each token visits."""
     expert_intermediate_size: PositiveInt
     """Width of one expert's SwiGLU."""
+    router_score: Literal["softmax", "sigmoid"] = "softmax"
+    """How logits become scores: over all experts (arXiv:1701.06538), or each on its own (arXiv:2412.19437)."""
     normalize_top_k: bool = True
-    """Divide the chosen scores by their sum."""
+    """Divide the chosen scores by their sum; with softmax this equals a softmax after the choice (Mixtral)."""
+    route_scale: PositiveFloat = 1.0
+    """Factor on the routing weights (DeepSeek-V3: 2.5)."""
+    num_expert_groups: PositiveInt | None = None
+    """Blocks of experts of which a token may visit only top_k_groups (arXiv:2405.04434, section 2.2.2)."""
+    top_k_groups: PositiveInt | None = None
+    """Groups that a token may visit."""
+    group_score: Literal["max", "top2_sum"] = "top2_sum"
+    """A group's score: its best expert (DeepSeek-V2), or the sum of its two best (DeepSeek-V3)."""
+    selection_bias: bool = False
+    """A bias per expert that steers the choice and never the weights (arXiv:2408.15664)."""
     first_k_dense: NonNegativeInt = 0
     """Layers at the bottom that keep a dense feed-forward block (DeepSeek-V2, arXiv:2405.04434)."""
     shared_expert_intermediate_size: PositiveInt | None = None
@@ -75,5 +87,4 @@ class ModelConfig(Section):
 
 
 Precision = Literal["fp32", "bf16"]
-BalanceScope = Literal["sequence", "global_batch"]
 Fraction = Field(ge=0.0, le=1.0)

@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from moe.config.model import ModelConfig
+from moe.config.model import ModelConfig, MoEConfig
 from moe.config.run import BalanceConfig, RunConfig, ScheduleConfig
 from moe.errors import ConfigError
 
@@ -130,12 +130,46 @@ def _experts(model: ModelConfig) -> list[str]:
             f"model.moe.first_k_dense is {moe.first_k_dense}, but model.num_layers is {model.num_layers}: no "
             f"layer would be sparse. Use {model.num_layers - 1} or less, or remove model.moe."
         )
+    faults += _groups(moe)
     if moe.shared_expert_gate and moe.shared_expert_intermediate_size is None:
         faults.append(
             "model.moe.shared_expert_gate is true, but there is no shared expert, so it has no effect. Set "
             "model.moe.shared_expert_intermediate_size, or remove the gate."
         )
     return faults
+
+
+def _groups(moe: MoEConfig) -> list[str]:
+    groups, chosen = moe.num_expert_groups, moe.top_k_groups
+    if (groups is None) != (chosen is None):
+        return [
+            f"model.moe.num_expert_groups is {groups} and model.moe.top_k_groups is {chosen}: group-limited choice "
+            f"needs both. Set both, or neither."
+        ]
+    if groups is None or chosen is None:
+        if moe.group_score != MoEConfig.model_fields["group_score"].default:
+            return [
+                f"model.moe.group_score is {moe.group_score}, but there are no groups, so it has no effect. "
+                f"Remove it, or set model.moe.num_expert_groups."
+            ]
+        return []
+    if moe.num_experts % groups:
+        return [
+            f"model.moe.num_expert_groups is {groups}, but model.moe.num_experts is {moe.num_experts}: groups must "
+            f"be of equal size. Use one of {_divisors(moe.num_experts)}."
+        ]
+    size = moe.num_experts // groups
+    if chosen > groups or chosen * size < moe.top_k:
+        return [
+            f"model.moe.top_k_groups is {chosen}: of {groups} groups of {size} experts, a token must be allowed "
+            f"enough for its top_k of {moe.top_k}. Use {-(-moe.top_k // size)} to {groups}."
+        ]
+    if moe.group_score == "top2_sum" and size < 2:
+        return [
+            f"model.moe.group_score is top2_sum, but a group has {size} expert: there are no two to add. "
+            f"Use group_score max, or fewer groups."
+        ]
+    return []
 
 
 def _sequence(run: RunConfig) -> list[str]:
@@ -211,15 +245,25 @@ def _balance(run: RunConfig) -> list[str]:
             "balance is set, but the model has no experts, so it has no effect. "
             "Remove the balance section, or add model.moe."
         ]
-    if (
-        balance.load_balancing_weight == 0
-        and balance.load_balancing_scope != BalanceConfig().load_balancing_scope
-    ):
-        return [
-            f"balance.load_balancing_scope is {balance.load_balancing_scope}, but load_balancing_weight is 0, "
-            f"so it has no effect. Remove it, or give the loss a weight."
-        ]
-    return []
+    faults, moe, default = [], run.model.moe, BalanceConfig()
+    if moe is None:
+        return []
+    if balance.bias_update_rate and not moe.selection_bias:
+        faults.append(
+            f"balance.bias_update_rate is {balance.bias_update_rate}, but model.moe.selection_bias is false: there "
+            f"is no bias to move. Set model.moe.selection_bias=true, or balance.bias_update_rate=0."
+        )
+    if not balance.bias_update_rate and balance.bias_update != default.bias_update:
+        faults.append(
+            f"balance.bias_update is {balance.bias_update}, but bias_update_rate is 0, so it has no effect. "
+            f"Remove it, or give the bias a rate."
+        )
+    if balance.capacity_factor is None and balance.drop_by != default.drop_by:
+        faults.append(
+            f"balance.drop_by is {balance.drop_by}, but there is no capacity_factor, so nothing is dropped. "
+            f"Remove it, or set balance.capacity_factor."
+        )
+    return faults
 
 
 def _refuse(faults: list[str]) -> None:

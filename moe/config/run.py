@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from moe.config.base import Section
-from moe.config.model import BalanceScope, Fraction, ModelConfig, Precision
+from moe.config.model import Fraction, ModelConfig, Precision
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
@@ -73,12 +73,24 @@ class ParallelConfig(Section):
 
 
 class BalanceConfig(Section):
-    load_balancing_weight: NonNegativeFloat = 0.01
-    """Weight of each sparse layer's load-balancing loss (arXiv:2101.03961, eq. 4); 0: none."""
-    load_balancing_scope: BalanceScope = "sequence"
-    """Over what the load is averaged: each sequence, or the whole global batch (arXiv:2501.11873)."""
+    """Policies that keep experts busy, for each sparse layer on its own; several may act at once."""
+
+    sequence_loss_weight: NonNegativeFloat = 0.01
+    """Weight of the load-balancing loss within each sequence (arXiv:2405.04434, eq. 12); 0: none."""
+    micro_batch_loss_weight: NonNegativeFloat = 0.0
+    """The same within each rank's micro-batch (arXiv:2101.03961, eq. 4); depends on the layout."""
+    global_batch_loss_weight: NonNegativeFloat = 0.0
+    """The same over the global batch (arXiv:2501.11873, eq. 4)."""
     router_z_loss_weight: NonNegativeFloat = 0.001
-    """Weight of each sparse layer's router z-loss (arXiv:2202.08906, eq. 5); 0: none."""
+    """Weight of the router z-loss (arXiv:2202.08906, eq. 5); 0: none."""
+    bias_update_rate: NonNegativeFloat = 0.0
+    """How far an expert's selection bias moves against its load at each step (arXiv:2408.15664, alg. 1)."""
+    bias_update: Literal["sign", "proportional"] = "sign"
+    """Move by the rate, or by the rate times the relative violation."""
+    capacity_factor: PositiveFloat | None = None
+    """Rows an expert accepts from a rank's micro-batch, over the mean; what is beyond is dropped. Null: no limit."""
+    drop_by: Literal["score", "position"] = "score"
+    """Which rows an over-full expert drops: the lowest weights, or the last tokens."""
 
 
 class CheckpointConfig(Section):

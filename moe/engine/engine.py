@@ -5,7 +5,7 @@ L sparse layers, E experts.
 
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from moe.engine.groups import adopt
 from moe.engine.library import deepspeed
 from moe.loss import Losses, Totals
 from moe.model import ModelOutput, Transformer
+from moe.sparse import balance
 
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # isort: skip
 
@@ -32,7 +33,7 @@ class StepResult:
     cross_entropy: Tensor
     """Nats per token, before the step."""
     load_balancing: Tensor
-    """Mean over sparse layers; 1 is balance."""
+    """Mean over sparse layers, unweighted, of the loss with the widest scope in use; 1 is balance."""
     router_z: Tensor
     """Mean over sparse layers."""
     total: Tensor
@@ -44,6 +45,8 @@ class StepResult:
     """Tokens of the global batch, masked ones included."""
     tokens_per_expert: Tensor | None
     """int64 [L, E] over all ranks and micro-batches; None for a dense model."""
+    num_dropped: Tensor | None
+    """int64: choices that found their expert full, over all layers, ranks and micro-batches."""
 
 
 class Engine:
@@ -93,7 +96,7 @@ class Engine:
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = rate
         sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
-        outputs, norm = [], None
+        load, norm = None, None
         for batch in batches:
             output = self.wrapped(batch.input_ids_BS, batch.labels_BS, batch.mask_BS)
             here = self._losses(output, batch, totals)
@@ -102,8 +105,10 @@ class Engine:
                 norm = clip_gradients(self.model, self.ranks, self.run.train.optimizer.gradient_clipping)
             self.wrapped.step()
             sums += torch.stack([here.cross_entropy, here.load_balancing, here.router_z, here.total.detach()])
-            outputs.append(output)
-        counts = loss.local_counts(outputs)
+            load_here = loss.local_load(output)
+            load = load_here if load is None or load_here is None else load + load_here
+        if load is not None:
+            self._move_biases(self.ranks.sum(load)[:, :-1])
         cross_entropy, load_balancing, router_z, total = self.ranks.sum(sums).unbind()
         return StepResult(
             cross_entropy=cross_entropy,
@@ -113,7 +118,8 @@ class Engine:
             gradient_norm=norm if norm is not None else torch.as_tensor(self.wrapped.get_global_grad_norm()),
             learning_rate=rate,
             num_tokens=self.run.train.global_batch_size * self.run.data.sequence_length,
-            tokens_per_expert=self.ranks.sum(counts) if counts is not None else None,
+            tokens_per_expert=load[:, :-1] if load is not None else None,
+            num_dropped=load[:, -1].sum() if load is not None else None,
         )
 
     @torch.no_grad()
@@ -134,21 +140,34 @@ class Engine:
             # The load of the whole batch must be known before the first backward: count it in a pass of its own.
             with torch.no_grad():
                 outputs = [self.model(b.input_ids_BS, b.labels_BS, b.mask_BS) for b in batches]
-            counts = loss.local_counts(outputs)
+            loads = [loss.local_load(output) for output in outputs]
+            counts = torch.stack([load[:, :-1] for load in loads if load is not None]).sum(0)
         masks = [batch.mask_BS for batch in batches]
         sizes = torch.stack([_sum(m.sum() for m in masks), _sum(m.any(1).sum() for m in masks)]).double()
         tokens, sequences = self.ranks.sum(sizes).unbind()
-        return Totals(tokens, sequences, self.ranks.sum(counts) if counts is not None else None)
+        micro_batches = len(batches) * self.ranks.world_size
+        return Totals(
+            tokens, sequences, micro_batches, self.ranks.sum(counts) if counts is not None else None
+        )
 
     def _losses(self, output: ModelOutput, batch: Batch, totals: Totals) -> Losses:
         if self._needs_global_counts() and totals.counts_LE is None:
-            counts = loss.local_counts([output])
-            assert counts is not None
-            totals = Totals(totals.num_tokens, totals.num_sequences, self.ranks.sum(counts.clone()))
+            load = loss.local_load(output)
+            assert load is not None
+            totals = replace(totals, counts_LE=self.ranks.sum(load[:, :-1].contiguous()))
         return loss.losses(output, batch.mask_BS, totals, self.run.balance)
 
     def _needs_global_counts(self) -> bool:
-        return self.run.model.moe is not None and self.run.balance.load_balancing_scope == "global_batch"
+        return self.run.model.moe is not None and self.run.balance.global_batch_loss_weight > 0
+
+    @torch.no_grad()
+    def _move_biases(self, counts_LE: Tensor) -> None:
+        """Once a step, from exact counts that all ranks share, so that biases stay equal everywhere."""
+        rate, rule = self.run.balance.bias_update_rate, self.run.balance.bias_update
+        if not rate:
+            return
+        for bias_E, counts_E in zip(self.model.selection_biases(), counts_LE, strict=True):
+            bias_E += balance.bias_step(counts_E, rate, rule)
 
 
 def _on(device: torch.device, batch: Batch) -> Batch:

@@ -5,14 +5,12 @@ anywhere. The names are those of the per-expert files that every version of `tra
 llama.cpp reads; the fused names that `transformers` 5 uses in memory never reach a disk.
 """
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import reduce
 from typing import Any, Literal
 
 from moe.config import ModelConfig
-from moe.errors import ExportError
 
 
 @dataclass(frozen=True)
@@ -162,12 +160,20 @@ _CONSTANTS: dict[str, object] = {"hidden_act": "silu", "attention_dropout": 0.0,
 _NO_WINDOW = {**_CONSTANTS, "use_sliding_window": False, "sliding_window": None}
 _ROUTED = {"decoder_sparse_step": 1, "output_router_logits": False}
 
+_SOFTMAX_CHOICE: dict[str, object] = {
+    "moe.router_score": "softmax",
+    "moe.route_scale": 1.0,
+    "moe.num_expert_groups": None,
+    "moe.selection_bias": False,
+}
+
 FAMILIES = (
     Family(
         model_type="qwen3_moe",
         architecture="Qwen3MoeForCausalLM",
         needs={
             "moe": SET,
+            **_SOFTMAX_CHOICE,
             "attention.qk_norm": True,
             "attention.qkv_bias": False,
             "moe.shared_expert_intermediate_size": None,
@@ -181,6 +187,7 @@ FAMILIES = (
         architecture="MixtralForCausalLM",
         needs={
             "moe": SET,
+            **_SOFTMAX_CHOICE,
             "attention.qk_norm": False,
             "attention.qkv_bias": False,
             "moe.normalize_top_k": True,
@@ -205,6 +212,7 @@ FAMILIES = (
         architecture="Qwen2MoeForCausalLM",
         needs={
             "moe": SET,
+            **_SOFTMAX_CHOICE,
             "attention.qk_norm": False,
             "attention.qkv_bias": True,
             "moe.shared_expert_intermediate_size": SET,
@@ -246,53 +254,3 @@ FAMILIES = (
     ),
 )
 """Every stock architecture we can write; a model fits one row at most."""
-
-
-def family_of(model: ModelConfig) -> Family:
-    """The row whose needs the model meets; raises `ExportError` naming the switches that would give it one."""
-    kin = [family for family in FAMILIES if _meets(model, "moe", family.needs["moe"])]
-    lacking = {family.model_type: _differences(family, model) for family in kin}
-    for family in kin:
-        if not lacking[family.model_type]:
-            return family
-    ways = sorted(lacking.items(), key=lambda item: len(item[1]))
-    raise ExportError(
-        f"this model has no stock architecture, so nothing outside could load it: {_spoken(kin, model)}. "
-        f"Change it to one of\n"
-        + "\n".join(f"       {model_type}: {', '.join(changes)}" for model_type, changes in ways)
-    )
-
-
-def check_exportable(model: ModelConfig) -> None:
-    """Raise `ExportError` if no stock architecture equals the model."""
-    family_of(model)
-
-
-def _differences(family: Family, model: ModelConfig) -> list[str]:
-    found = [
-        f"model.{path}={_word(value)}"
-        for path, value in family.needs.items()
-        if not _meets(model, path, value)
-    ]
-    width, heads = model.hidden_size, model.attention.num_heads
-    if family.heads != "any" and width % heads:
-        found.append(
-            f"a model.hidden_size ({width}) that is a multiple of model.attention.num_heads ({heads})"
-        )
-    elif family.heads == "fill the width" and model.head_dim * heads != width:
-        found.append(f"model.attention.head_dim={width // heads}")
-    return found
-
-
-def _meets(model: ModelConfig, path: str, value: object) -> bool:
-    found = setting(model, path)
-    return found is not None if value is SET else bool(found == value)
-
-
-def _spoken(kin: list[Family], model: ModelConfig) -> str:
-    paths = dict.fromkeys(path for family in kin for path in family.needs if path != "moe")
-    return ", ".join(f"model.{path}={_word(setting(model, path))}" for path in paths)
-
-
-def _word(value: object) -> str:
-    return "WIDTH" if value is SET else json.dumps(value)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from moe.config import RunConfig
 from moe.errors import CheckpointError
 from moe.hf.convert import check_names, disk_tensors, moves
-from moe.hf.families import family_of
+from moe.hf.match import family_of
 from moe.hf.pages import config_page, special_tokens
 
 if TYPE_CHECKING:

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING
 from moe.config import RunConfig
 from moe.errors import ConfigError, ExportError
 from moe.hf.convert import Move, check_names, disk_tensors, moves
-from moe.hf.families import Family, family_of
+from moe.hf.families import Family
+from moe.hf.match import family_of
 from moe.hf.pages import TORCH_NAMES, Dtype, card, config_page, generation_page, special_tokens
 
 if TYPE_CHECKING:
@@ -83,7 +84,8 @@ def write(
     tokens = special_tokens(tokenizer)
     shutil.copytree(tokenizer, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
     weight_files = _write_weights(folder, plan, read, dtype, max_shard_size)
-    weight = run.balance.load_balancing_weight
+    balance = run.balance
+    weight = balance.sequence_loss_weight + balance.micro_batch_loss_weight + balance.global_batch_loss_weight
     page = config_page(family, run.model, tokens, dtype=dtype, load_balancing_weight=weight)
     _write_json(folder / "config.json", page)
     _write_json(folder / "generation_config.json", generation_page(tokens))

@@ -33,6 +33,8 @@ class Result(Protocol):
     def num_tokens(self) -> int: ...
     @property
     def tokens_per_expert(self) -> Tensor | None: ...
+    @property
+    def num_dropped(self) -> Tensor | None: ...
 
 
 class Meter:
@@ -78,4 +80,7 @@ class Meter:
             record["router_z_loss"] = float(result.router_z)
             record["max_violation"] = float(max_violation(result.tokens_per_expert).max())
             record["tokens_per_expert"] = result.tokens_per_expert.tolist()
+            if self._run.balance.capacity_factor is not None and result.num_dropped is not None:
+                choices = int(result.tokens_per_expert.sum())
+                record["dropped"] = int(result.num_dropped) / max(choices, 1)
         return record

@@ -94,6 +94,8 @@ def _sentence(record: Record) -> str:
     ]
     if "max_violation" in record:
         parts.append(f"max violation {record['max_violation']:.2f}")
+    if "dropped" in record:
+        parts.append(f"dropped {100 * record['dropped']:.1f} %")
     return "  ".join(parts)
 
 

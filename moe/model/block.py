@@ -9,19 +9,21 @@ from moe.config import ModelConfig
 from moe.model.attention import Attention
 from moe.model.norm import RMSNorm
 from moe.model.rope import Rotation
-from moe.sparse import ExpertLayout, RoutingRecord, SparseMoE
+from moe.sparse import Capacity, ExpertLayout, RoutingRecord, SparseMoE
 from moe.sparse.swiglu import SwiGLU
 
 
 class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the ffn is dense or sparse."""
 
-    def __init__(self, config: ModelConfig, index: int, layout: ExpertLayout) -> None:
+    def __init__(
+        self, config: ModelConfig, index: int, layout: ExpertLayout, capacity: Capacity | None = None
+    ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = _channel_mixer(config, index, layout)
+        self.ffn = _channel_mixer(config, index, layout, capacity)
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, mask_BS: Tensor | None = None
@@ -36,8 +38,10 @@ class Block(nn.Module):
         return x_BSD + y_TD.view_as(x_BSD), record
 
 
-def _channel_mixer(config: ModelConfig, index: int, layout: ExpertLayout) -> SparseMoE | SwiGLU:
+def _channel_mixer(
+    config: ModelConfig, index: int, layout: ExpertLayout, capacity: Capacity | None
+) -> SparseMoE | SwiGLU:
     if config.moe is not None and index in config.sparse_layers:
-        return SparseMoE(config.hidden_size, config.moe, layout)
+        return SparseMoE(config.hidden_size, config.moe, layout, capacity)
     assert config.intermediate_size is not None, "checked by moe.config.rules"
     return SwiGLU(config.hidden_size, config.intermediate_size)

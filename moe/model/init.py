@@ -52,6 +52,8 @@ def initialize(model: Transformer, seed: int) -> None:
                     _linear(getattr(module, part), draw, out_std if part == "down" else std, f"{name}.{part}")
             case SparseMoE() if module.shared_expert_gate is not None:
                 _linear(module.shared_expert_gate, draw, std, f"{name}.shared_expert_gate")
+                filled.add(id(module.shared_expert_gate.weight))
+                continue
             case _:
                 continue
         filled.update(id(parameter) for parameter in module.parameters())

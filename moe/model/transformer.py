@@ -15,7 +15,8 @@ from moe.model.block import Block
 from moe.model.head import Head
 from moe.model.norm import RMSNorm
 from moe.model.rope import rotation
-from moe.sparse import ExpertLayout, RoutingRecord
+from moe.sparse import Capacity, ExpertLayout, RoutingRecord
+from moe.sparse.router import Router
 
 
 @dataclass(frozen=True)
@@ -36,14 +37,19 @@ class Transformer(nn.Module):
         config: ModelConfig,
         layout: ExpertLayout | None = None,
         recompute: Literal["none", "block"] = "none",
+        capacity: Capacity | None = None,
     ) -> None:
-        """`layout` places the experts (default: all here); `recompute` says what backward computes again."""
+        """`layout` places the experts (default: all here); `recompute` says what backward computes again;
+        `capacity` limits experts while training (default: dropless).
+        """
         super().__init__()
         self.config = config
         self.recompute = recompute
         layout = layout or ExpertLayout(config.moe.num_experts if config.moe else 1)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, index, layout) for index in range(config.num_layers))
+        self.layers = nn.ModuleList(
+            Block(config, index, layout, capacity) for index in range(config.num_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config.hidden_size, config.vocab_size)
         if config.tie_embeddings:
@@ -75,3 +81,8 @@ class Transformer(nn.Module):
             logits_BSV: Tensor = self.head(h_BSD)
             return logits_BSV
         return ModelOutput(self.head(h_BSD, labels_BS, mask_BS), tuple(records))
+
+    def selection_biases(self) -> list[Tensor]:
+        """The selection bias of each sparse layer, bottom to top: float32 [E], changed in place by balancing."""
+        routers = [module for module in self.modules() if isinstance(module, Router)]
+        return [router.selection_bias_E for router in routers if router.selection_bias_E is not None]

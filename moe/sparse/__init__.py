@@ -1,7 +1,8 @@
 """The sparse layer: router -> dispatch -> experts -> combine."""
 
+from moe.sparse.capacity import Capacity
 from moe.sparse.layer import SparseMoE
 from moe.sparse.plan import ExpertLayout
 from moe.sparse.router import RoutingRecord
 
-__all__ = ["ExpertLayout", "RoutingRecord", "SparseMoE"]
+__all__ = ["Capacity", "ExpertLayout", "RoutingRecord", "SparseMoE"]

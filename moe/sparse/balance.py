@@ -16,13 +16,15 @@ def sequence_balance(record: RoutingRecord, mask_BS: Tensor) -> Tensor:
     A scalar with gradient; each sequence is 1 when balanced and up to E when collapsed. A sequence that is
     masked throughout adds 0.
     """
-    num_experts = record.scores_TE.shape[1]
+    num_experts = record.probabilities_TE.shape[1]
     batch, length = mask_BS.shape
-    mask_BS1 = mask_BS.unsqueeze(-1).to(record.scores_TE.dtype)
-    chosen_BSE = torch.zeros_like(record.scores_TE).scatter_(1, record.ids_TK, 1.0).view(batch, length, -1)
+    mask_BS1 = mask_BS.unsqueeze(-1).to(record.probabilities_TE.dtype)
+    chosen_BSE = (
+        torch.zeros_like(record.probabilities_TE).scatter_(1, record.ids_TK, 1.0).view(batch, length, -1)
+    )
     tokens_B1 = mask_BS1.sum(1).clamp(min=1)
     fraction_BE = (chosen_BSE * mask_BS1).sum(1) / (tokens_B1 * record.ids_TK.shape[1])
-    probability_BE = (record.scores_TE.view(batch, length, -1) * mask_BS1).sum(1) / tokens_B1
+    probability_BE = (record.probabilities_TE.view(batch, length, -1) * mask_BS1).sum(1) / tokens_B1
     return num_experts * (fraction_BE * probability_BE).sum()
 
 
@@ -34,10 +36,31 @@ def global_balance(
     `global_counts_E` (int64) and `num_tokens` are those of the whole batch; shares of all ranks and
     micro-batches add up to the loss, and so do their gradients.
     """
-    num_experts, num_choices = record.scores_TE.shape[1], record.ids_TK.shape[1]
-    fraction_E = global_counts_E.to(record.scores_TE.dtype) / (num_tokens * num_choices)
-    probability_E = record.scores_TE.mul(mask_T.unsqueeze(-1)).sum(0) / num_tokens
+    num_experts, num_choices = record.probabilities_TE.shape[1], record.ids_TK.shape[1]
+    fraction_E = global_counts_E.to(record.probabilities_TE.dtype) / (num_tokens * num_choices)
+    probability_E = record.probabilities_TE.mul(mask_T.unsqueeze(-1)).sum(0) / num_tokens
     return num_experts * (fraction_E * probability_E).sum()
+
+
+def micro_batch_balance(record: RoutingRecord, mask_T: Tensor) -> Tensor:
+    """E sum_i f_i P_i over this rank's micro-batch (arXiv:2101.03961, eq. 4); 0 if all of it is masked."""
+    num_tokens = mask_T.sum()
+    return global_balance(record, mask_T, record.counts_E, num_tokens.clamp(min=1))
+
+
+def bias_step(counts_E: Tensor, rate: float, rule: str) -> Tensor:
+    """What to add to an expert's selection bias: up if it had less than the mean load, down if more.
+
+    `counts_E`: int64 [..., E], exact over the global batch. sign: rate * sign(mean - load) (arXiv:2408.15664,
+    alg. 1); proportional: rate * (mean - load) / mean. float32; 0 where a layer had no tokens.
+    """
+    load_E = counts_E.double()
+    violation_E = load_E.mean(dim=-1, keepdim=True) - load_E
+    if rule == "proportional":
+        violation_E = violation_E / load_E.mean(dim=-1, keepdim=True).clamp(min=1e-9)
+    else:
+        violation_E = violation_E.sign()
+    return (rate * violation_E).float()
 
 
 def z_loss(record: RoutingRecord, mask_T: Tensor) -> Tensor:

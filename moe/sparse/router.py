@@ -1,8 +1,9 @@
 """Tokens -> scores -> the experts that each token visits, and with what weight.
 
-T tokens, D width, E experts, K choices.
+T tokens, D width, E experts, K choices, G groups of experts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,16 +15,18 @@ from moe.config import MoEConfig
 
 @dataclass(frozen=True)
 class RoutingRecord:
-    """What balancing losses and metrics need of a layer's routing."""
+    """What balancing policies and metrics need of a layer's routing."""
 
     ids_TK: Tensor
     """int64: chosen experts."""
-    scores_TE: Tensor
-    """float32: router probabilities, with gradient."""
+    probabilities_TE: Tensor
+    """float32: scores that add up to 1 for each token, with gradient."""
     log_sum_exp_T: Tensor
     """float32: log of the sum of exponentiated logits, with gradient."""
     counts_E: Tensor
-    """int64: choices of unmasked tokens on this rank."""
+    """int64: choices of unmasked tokens on this rank, dropped ones included."""
+    num_dropped: Tensor
+    """int64 scalar: choices of unmasked tokens that found their expert full."""
 
 
 @dataclass(frozen=True)
@@ -34,22 +37,30 @@ class Routing:
     """int64: chosen experts, all different for a token."""
     weights_TK: Tensor
     """float32: how much each chosen expert counts; 0 for masked tokens."""
-    scores_TE: Tensor
+    probabilities_TE: Tensor
     log_sum_exp_T: Tensor
     counts_E: Tensor
 
-    def record(self) -> RoutingRecord:
-        return RoutingRecord(self.ids_TK, self.scores_TE, self.log_sum_exp_T, self.counts_E)
+    def record(self, num_dropped: Tensor) -> RoutingRecord:
+        return RoutingRecord(
+            self.ids_TK, self.probabilities_TE, self.log_sum_exp_T, self.counts_E, num_dropped
+        )
 
 
 class Router(nn.Module):
-    """Softmax over all experts, then the K best (arXiv:2006.16668, eq. 1-3), in float32 or wider."""
+    """Scores, a choice of K, and their weights, all in float32 or wider.
+
+    The choice sees scores plus the selection bias, within the allowed groups; weights come from the scores alone
+    (arXiv:2412.19437, eq. 12-16; softmax: arXiv:2006.16668, eq. 1-3).
+    """
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
         super().__init__()
-        self.top_k = config.top_k
-        self.normalize = config.normalize_top_k
+        self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.selection_bias else None
+        self.selection_bias_E: Tensor | None
+        self.register_buffer("selection_bias_E", bias)
 
     def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
         """Route [T, D]; tokens whose `mask_T` (bool) is False get weight 0 and are not counted."""
@@ -57,19 +68,65 @@ class Router(nn.Module):
         # Outside any autocast: rounding a logit to bf16 changes choices, not only weights.
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
-            scores_TE = torch.softmax(logits_TE, dim=-1)
-        weights_TK, ids_TK = torch.topk(scores_TE, self.top_k, dim=-1)
-        if self.normalize:
-            weights_TK = weights_TK / weights_TK.sum(dim=-1, keepdim=True)
+            scores_TE, probabilities_TE = self._scores(logits_TE)
+        ids_TK = self._choose(scores_TE)
+        weights_TK = scores_TE.gather(1, ids_TK)
+        if self.config.normalize_top_k:
+            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
+        weights_TK = weights_TK * self.config.route_scale
         if mask_T is not None:
             weights_TK = weights_TK * mask_T.unsqueeze(-1)
         return Routing(
             ids_TK=ids_TK,
             weights_TK=weights_TK,
-            scores_TE=scores_TE,
+            probabilities_TE=probabilities_TE,
             log_sum_exp_T=torch.logsumexp(logits_TE, dim=-1),
-            counts_E=count_choices(ids_TK, mask_T, self.weight.shape[0]),
+            counts_E=count_choices(ids_TK, mask_T, self.config.num_experts),
         )
+
+    def _scores(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
+        """(scores, the same as probabilities)."""
+        if self.config.router_score == "softmax":
+            scores_TE = torch.softmax(logits_TE, dim=-1)
+            return scores_TE, scores_TE
+        scores_TE = torch.sigmoid(logits_TE)
+        return scores_TE, scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
+
+    def _choose(self, scores_TE: Tensor) -> Tensor:
+        """int64 [T, K], without gradient."""
+        preference_TE = scores_TE.detach()
+        if self.selection_bias_E is not None:
+            preference_TE = preference_TE + self.selection_bias_E
+        if self.config.num_expert_groups is not None and self.config.top_k_groups is not None:
+            preference_TE = _within_best_groups(
+                preference_TE,
+                self.config.num_expert_groups,
+                self.config.top_k_groups,
+                self.config.group_score,
+            )
+        return torch.topk(preference_TE, self.config.top_k, dim=-1).indices
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
+        """Follow `.to(...)` and the like, but for the bias's dtype.
+
+        Once |bias| >= 0.5 a step of 1e-3 vanishes in bf16 (eight bits of mantissa).
+        """
+        before = self.selection_bias_E
+        super()._apply(fn, recurse)
+        if before is not None and self.selection_bias_E is not None:
+            self.selection_bias_E = before.to(self.selection_bias_E.device)
+        return self
+
+
+def _within_best_groups(preference_TE: Tensor, num_groups: int, top_groups: int, score: str) -> Tensor:
+    """Preferences with those outside each token's best groups at minus infinity (arXiv:2412.19437, section 2.1.2)."""
+    grouped_TGe = preference_TE.unflatten(-1, (num_groups, -1))
+    best = 1 if score == "max" else 2
+    group_score_TG = grouped_TGe.topk(best, dim=-1).values.sum(-1)
+    chosen = group_score_TG.topk(top_groups, dim=-1).indices
+    allowed_TG = torch.zeros_like(group_score_TG, dtype=torch.bool).scatter_(1, chosen, True)
+    limited_TGe: Tensor = grouped_TGe.masked_fill(~allowed_TG.unsqueeze(-1), float("-inf"))
+    return limited_TGe.flatten(1)
 
 
 def count_choices(ids_TK: Tensor, mask_T: Tensor | None, num_experts: int) -> Tensor:

@@ -12,7 +12,7 @@ from moe.data.loader import Batch
 from moe.dist import Ranks
 from moe.engine.engine import Engine, StepResult
 from moe.model import Transformer, initialize
-from moe.sparse import ExpertLayout
+from moe.sparse import Capacity, ExpertLayout
 
 VOCAB, LENGTH = 128, 32
 
@@ -101,7 +101,7 @@ def start(run: RunConfig, ranks: Ranks) -> Engine:
     """A fresh engine."""
     experts = run.model.moe.num_experts if run.model.moe else 1
     layout = ExpertLayout(experts, ranks.expert_parallel_size, ranks.expert_rank, ranks.expert_group)
-    model = Transformer(run.model, layout, run.train.activation_recomputation)
+    model = Transformer(run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance))
     initialize(model, run.seed)
     return Engine.start(run, model, ranks)
 

@@ -38,7 +38,26 @@ MODELS: dict[str, dict[str, Any]] = {
             "shared_expert_gate": True,
         },
     },
+    "DeepSeek-V3's choice": {
+        "moe": {
+            "num_experts": 8,
+            "top_k": 2,
+            "expert_intermediate_size": 24,
+            "router_score": "sigmoid",
+            "route_scale": 2.5,
+            "num_expert_groups": 4,
+            "top_k_groups": 2,
+            "selection_bias": True,
+            "shared_expert_intermediate_size": 20,
+        },
+    },
     "dense": {"moe": None, "intermediate_size": 40},
+}
+BALANCES: dict[str, dict[str, Any]] = {
+    "sequence": {},
+    "global batch": {"sequence_loss_weight": 0.0, "global_batch_loss_weight": 0.01},
+    "loss-free, sign": {"sequence_loss_weight": 0.0, "bias_update_rate": 0.02},
+    "all at once": {"global_batch_loss_weight": 0.02, "bias_update_rate": 0.02, "bias_update": "proportional"},
 }
 
 
@@ -52,7 +71,7 @@ class Layout:
     accumulation: int
     recompute: str = "none"
     precision: str = "fp32"
-    scope: str = "sequence"
+    balance: str = "sequence"
     model: str = "sparse"
 
     def run(self) -> RunConfig:
@@ -64,12 +83,12 @@ class Layout:
                 "precision": self.precision,
             },
             model=MODELS[self.model],
-            **({} if self.model == "dense" else {"balance": {"load_balancing_scope": self.scope}}),
+            **({} if self.model == "dense" else {"balance": BALANCES[self.balance]}),
         )
 
     def reference(self) -> "Layout":
         """One process, ZeRO 1, no accumulation."""
-        return Layout(1, 1, 1, 1, precision=self.precision, scope=self.scope, model=self.model)
+        return Layout(1, 1, 1, 1, precision=self.precision, balance=self.balance, model=self.model)
 
 
 def matrix() -> list[Layout]:
@@ -84,8 +103,13 @@ def matrix() -> list[Layout]:
     ]
     layouts += [Layout(w, ep, 1, 2, recompute="block") for w, ep in ((1, 1), (2, 2), (4, 4))]
     layouts += [
-        Layout(w, ep, z, a, scope="global_batch")
-        for w, ep, z, a in ((2, 2, 1, 1), (2, 1, 2, 2), (4, 2, 0, 2))
+        Layout(w, ep, z, a, balance="global batch") for w, ep, z, a in ((2, 2, 1, 1), (2, 1, 2, 2), (4, 2, 0, 2))
+    ]
+    deepseek = "DeepSeek-V3's choice"
+    layouts += [
+        Layout(w, ep, z, a, balance=balance, model=deepseek, recompute="block" if a == 2 else "none")
+        for balance in ("loss-free, sign", "all at once")
+        for w, ep, z, a in ((1, 1, 1, 2), (2, 2, 2, 1), (4, 2, 0, 2), (4, 4, 1, 1))
     ]
     layouts += [Layout(w, ep, z, 2, model="all switches") for w, ep, z in ((2, 2, 1), (4, 2, 0), (4, 4, 2))]
     layouts += [Layout(w, 1, z, 1, model="dense") for w, z in ((2, 0), (2, 2), (4, 1))]
@@ -164,7 +188,7 @@ def main() -> int:
         counts = "equal" if far.counts_equal else "differ"
         shown = (
             layout.recompute,
-            layout.scope,
+            layout.balance,
             layout.model,
             f"{far.loss:.1e}",
             f"{far.gradient_norm:.1e}",

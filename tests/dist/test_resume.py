@@ -20,6 +20,13 @@ from moe.errors import CheckpointError
 from tests.dist.layouts import curve, ranks_of, start, tiny, train
 from tests.harness import run_ranks
 
+MOE = {
+    "num_experts": 8,
+    "top_k": 2,
+    "expert_intermediate_size": 24,
+    "router_score": "sigmoid",
+    "selection_bias": True,
+}
 LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
 OTHERS = [(1, 1, 0), (1, 1, 1), (2, 1, 2), (4, 4, 1), (4, 2, 2)]
 HALF, END = 10, 20
@@ -30,6 +37,8 @@ def _run(folder: Path, ep: int, zero: int, precision: str = "fp32", **train: obj
         run_dir=str(folder),
         parallel={"expert_parallel_size": ep, "zero_stage": zero},
         train={"micro_batch_size": 2, "precision": precision, **train},
+        model={"moe": MOE},
+        balance={"bias_update_rate": 0.01, "bias_update": "proportional"},
     )
 
 
@@ -79,6 +88,9 @@ def test_resume_is_exact_to_the_bit(zero: int, precision: str, runs: Path) -> No
     assert straight.keys() == resumed.keys()
     assert not [key for key in straight if not torch.equal(straight[key], resumed[key])]
     assert any(key.startswith("exp_avg_sq/") and key.endswith("[7]") for key in straight)
+    biases = [tensor for key, tensor in straight.items() if key.endswith("selection_bias_E")]
+    assert len(biases) == 2
+    assert all(bias.dtype == torch.float32 and float(bias.abs().max()) > 1e-3 for bias in biases)
 
 
 def _go_on(rank: int, world_size: int, layouts: list[tuple[int, int]], source: Path, folder: Path) -> None:

@@ -1,7 +1,9 @@
 """The sparse layer on 1, 2 and 4 ranks against the float64 reference: forward and every gradient."""
 
+import itertools
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,13 +13,11 @@ from torch import Tensor
 from moe.config import BalanceConfig, MoEConfig
 from moe.loss import Totals, losses
 from moe.model import ModelOutput
-from moe.sparse import ExpertLayout, SparseMoE
+from moe.sparse import Capacity, ExpertLayout, SparseMoE
 from moe.sparse.reference import ReferenceWeights, sparse_layer
 from tests.harness import run_ranks
 
-BALANCE = BalanceConfig(
-    load_balancing_weight=0.3, load_balancing_scope="global_batch", router_z_loss_weight=0.2
-)
+BALANCE = BalanceConfig(sequence_loss_weight=0.0, global_batch_loss_weight=0.3, router_z_loss_weight=0.2)
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,30 @@ class Case:
     shared: int | None = None
     shared_gate: bool = False
     masked: str = "none"  # none | some | rank (all of rank 0's tokens) | all
-    routing: str = (
-        "free"  # free | one (all tokens' first choice is expert 2) | starved (experts 4.. get none)
-    )
+    routing: str = "free"  # free | one (expert 2 is everybody's first choice) | starved (experts 4.. get none)
+    score: str = "softmax"
+    scale: float = 1.0
+    groups: tuple[int, int, str] | None = None  # groups, of which a token may visit, score of a group
+    bias: bool = False
+    capacity: Capacity | None = None
+
+    @property
+    def config(self) -> MoEConfig:
+        groups: dict[str, Any] = {}
+        if self.groups is not None:
+            groups = dict(zip(("num_expert_groups", "top_k_groups", "group_score"), self.groups, strict=True))
+        return MoEConfig(
+            num_experts=self.experts,
+            top_k=self.top_k,
+            expert_intermediate_size=self.inner,
+            router_score=self.score,
+            normalize_top_k=self.normalize,
+            route_scale=self.scale,
+            selection_bias=self.bias,
+            shared_expert_intermediate_size=self.shared,
+            shared_expert_gate=self.shared_gate,
+            **groups,
+        )
 
 
 CASES = [
@@ -52,6 +73,39 @@ CASES = [
     Case("one rank all masked", masked="rank"),
     Case("all masked", masked="all"),
     Case("one token a rank", tokens=4),
+    Case("DeepSeek-V2", groups=(4, 2, "max"), normalize=False, scale=4.0, shared=6),
+    Case("DeepSeek-V3", score="sigmoid", groups=(4, 2, "top2_sum"), bias=True, scale=2.5, shared=6),
+    Case("DeepSeek-V3, masked, starved", score="sigmoid", bias=True, masked="some", routing="starved"),
+    Case("drop by score", capacity=Capacity(0.8, "score")),
+    Case("drop by position", capacity=Capacity(0.8, "position"), score="sigmoid", bias=True),
+    Case("drop nearly all", capacity=Capacity(0.05, "score"), routing="one"),
+    Case("drop with masked tokens", capacity=Capacity(0.7, "position"), masked="some", shared=6),
+    Case("drop with one rank all masked", capacity=Capacity(1.0, "score"), masked="rank"),
+    Case("drop with all masked", capacity=Capacity(1.0, "score"), masked="all"),
+]
+
+SWITCHES = itertools.product(
+    (("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False)),  # score, normalised
+    (None, (4, 2, "top2_sum"), (2, 1, "max")),
+    (False, True),  # selection bias
+    (None, Capacity(0.9, "score"), Capacity(0.9, "position")),
+    ((None, False), (6, False), (6, True)),  # shared expert, its gate
+)
+COMBINATIONS = [
+    Case(
+        f"{score} {normalize} {groups} {bias} {capacity} {shared}",
+        tokens=16,
+        score=score,
+        normalize=normalize,
+        groups=groups,
+        bias=bias,
+        capacity=capacity,
+        shared=shared[0],
+        shared_gate=shared[1],
+        scale=1.7,
+        masked="some" if number % 2 else "none",
+    )
+    for number, ((score, normalize), groups, bias, capacity, shared) in enumerate(SWITCHES)
 ]
 
 
@@ -119,20 +173,25 @@ def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) ->
     weights, (x, mask, grad) = _weights(case), _batch(case, world_size)
     leaves = {k: v.requires_grad_() for k, v in vars(weights).items() if v is not None}
     x_ref = x.clone().requires_grad_()
-    expected = sparse_layer(x_ref, weights, top_k=case.top_k, normalize=case.normalize, mask_T=mask)
-    aux = BALANCE.load_balancing_weight * expected.load_balancing_loss
+    bias = torch.linspace(-0.3, 0.3, case.experts) if case.bias else None
+    expected = sparse_layer(
+        x_ref,
+        weights,
+        case.config,
+        mask_T=mask,
+        selection_bias_E=bias,
+        capacity=case.capacity,
+        micro_batches=world_size,
+    )
+    aux = BALANCE.global_batch_loss_weight * expected.load_balancing_loss
     aux = aux + BALANCE.router_z_loss_weight * expected.z_loss
     ((expected.y_TD * grad).sum() + aux).backward()
 
-    config = MoEConfig(
-        num_experts=case.experts,
-        top_k=case.top_k,
-        expert_intermediate_size=case.inner,
-        normalize_top_k=case.normalize,
-        shared_expert_intermediate_size=case.shared,
-        shared_expert_gate=case.shared_gate,
-    )
-    layer = SparseMoE(case.hidden, config, layout).double()
+    layer = SparseMoE(case.hidden, case.config, layout, case.capacity).double()
+    if bias is not None:
+        assert layer.router.selection_bias_E is not None
+        assert layer.router.selection_bias_E.dtype == torch.float32, "a cast of the module leaves the bias alone"
+        layer.router.selection_bias_E.copy_(bias)
     mine, local = (
         _load(layer, leaves, layout),
         slice(case.tokens * rank // world_size, case.tokens * (rank + 1) // world_size),
@@ -146,12 +205,16 @@ def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) ->
     if world_size > 1:
         dist.all_reduce(counts)
         dist.all_reduce(tokens)
-    totals = Totals(tokens.clamp(min=1), tokens, counts.unsqueeze(0))
+    totals = Totals(tokens.clamp(min=1), tokens, world_size, counts.unsqueeze(0))
     share = losses(
         ModelOutput(torch.zeros((), dtype=torch.float64), (record,)), kept.view(1, -1), totals, BALANCE
     )
     ((y * grad[local]).sum() + share.total).backward()
 
+    dropped = record.num_dropped.clone()
+    if world_size > 1:
+        dist.all_reduce(dropped)
+    assert int(dropped) == expected.num_dropped
     assert torch.equal(counts, expected.counts_E)
     assert int(counts.sum()) == (case.tokens if mask is None else int(mask.sum())) * case.top_k
     _compare("y", y, expected.y_TD[local])
@@ -206,6 +269,13 @@ def test_layer_equals_reference_on_several_ranks(world_size: int, ep: int, tmp_p
     run_ranks(_check, world_size, tmp_path, world_size, ep, CASES)
 
 
+@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2), (4, 4)])
+def test_every_combination_of_switches_equals_reference(world_size: int, ep: int, tmp_path: Path) -> None:
+    """Score x normalisation x groups x bias x capacity x shared expert: 216 of them on 1, 2 and 4 ranks."""
+    assert len(COMBINATIONS) == 216
+    run_ranks(_check, world_size, tmp_path, world_size, ep, COMBINATIONS)
+
+
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layer_equals_reference_on_one_rank(case: Case) -> None:
     _check_case(case, 0, 1, ExpertLayout(case.experts))
@@ -214,4 +284,4 @@ def test_layer_equals_reference_on_one_rank(case: Case) -> None:
 def test_the_reference_refuses_anything_but_float64() -> None:
     case = CASES[0]
     with pytest.raises(ValueError, match="float64"):
-        sparse_layer(_batch(case, 1)[0].float(), _weights(case), top_k=2, normalize=True)
+        sparse_layer(_batch(case, 1)[0].float(), _weights(case), case.config)

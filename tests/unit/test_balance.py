@@ -16,7 +16,8 @@ def _record(logits_TE: torch.Tensor, top_k: int, mask_T: torch.Tensor | None = N
     scores = torch.softmax(logits_TE, -1)
     ids = torch.topk(scores, top_k).indices
     counts = count_choices(ids, mask_T, logits_TE.shape[1])
-    return RoutingRecord(ids, scores, torch.logsumexp(logits_TE, -1), counts)
+    dropped = torch.zeros((), dtype=torch.int64)
+    return RoutingRecord(ids, scores, torch.logsumexp(logits_TE, -1), counts, dropped)
 
 
 def test_balance_is_one_and_collapse_is_the_number_of_experts() -> None:
@@ -32,11 +33,10 @@ def test_layers_collapsed_on_different_experts_are_not_taken_for_balance() -> No
     records = tuple(_record(torch.eye(4)[i].mul(9.0).repeat(12, 1).requires_grad_(), 1) for i in range(4))
     mask = torch.ones(1, 12, dtype=torch.bool)
     one = torch.tensor(1.0)
-    for scope in ("sequence", "global_batch"):
-        config = BalanceConfig(
-            load_balancing_weight=1.0, load_balancing_scope=scope, router_z_loss_weight=0.0
-        )
-        totals = Totals(one * 12, one, torch.stack([r.counts_E for r in records]))
+    for scope in ("sequence", "micro_batch", "global_batch"):
+        weights = {"sequence_loss_weight": 0.0, f"{scope}_loss_weight": 1.0}
+        config = BalanceConfig(**weights, router_z_loss_weight=0.0)
+        totals = Totals(one * 12, one, 1, torch.stack([r.counts_E for r in records]))
         found = losses(ModelOutput(torch.zeros(()), records), mask, totals, config)
         assert float(found.load_balancing) > 3.9
 
@@ -58,10 +58,12 @@ def test_shares_of_any_split_add_up_to_the_whole(
     mask = torch.rand(sequences, length, generator=draw) < 0.8
     mask[0, 0] = True
     top_k = min(top_k, experts)
-    scope = "global_batch" if global_scope else "sequence"
-    config = BalanceConfig(load_balancing_weight=0.3, load_balancing_scope=scope, router_z_loss_weight=0.2)
+    wide, narrow = (0.3, 0.0) if global_scope else (0.0, 0.3)
+    config = BalanceConfig(
+        sequence_loss_weight=narrow, global_batch_loss_weight=wide, router_z_loss_weight=0.2
+    )
     counts = _record(logits.flatten(0, 1), top_k, mask.flatten()).counts_E.unsqueeze(0)
-    totals = Totals(mask.sum().double(), mask.any(1).sum().double(), counts)
+    totals = Totals(mask.sum().double(), mask.any(1).sum().double(), 1, counts)
 
     def share(rows: slice) -> torch.Tensor:
         here = mask[rows]
@@ -83,3 +85,28 @@ def test_z_loss_is_the_square_of_log_sum_exp() -> None:
 def test_max_violation_is_zero_in_balance_and_never_nan() -> None:
     counts = torch.tensor([[5, 5, 5, 5], [20, 0, 0, 0], [0, 0, 0, 0]])
     assert balance.max_violation(counts).tolist() == pytest.approx([0.0, 3.0, -1.0])
+
+
+def test_a_bias_moves_against_the_load_and_rests_in_balance() -> None:
+    counts = torch.tensor([[4, 0, 8, 4], [4, 4, 4, 4], [0, 0, 0, 0]])
+    sign = balance.bias_step(counts, 0.1, "sign")
+    assert sign.flatten().tolist() == pytest.approx([0.0, 0.1, -0.1, 0.0, *[0.0] * 8])
+    proportional = balance.bias_step(counts, 0.1, "proportional")
+    assert proportional[0].tolist() == pytest.approx([0.0, 0.1, -0.1, 0.0])
+    lopsided = balance.bias_step(torch.tensor([[16, 0, 0, 0]]), 0.1, "proportional")
+    assert lopsided[0].tolist() == pytest.approx([-0.3, 0.1, 0.1, 0.1])
+    assert sign.dtype == torch.float32
+
+
+def test_counts_beyond_floats_are_still_exact() -> None:
+    """2^24 + 1 is no float32: a bias moved by rounded counts would rest or turn."""
+    counts = torch.tensor([[2**24 + 1, 2**24, 2**24, 2**24 - 1]])
+    assert balance.bias_step(counts, 1.0, "sign").tolist() == [[-1.0, 0.0, 0.0, 1.0]]
+
+
+def test_the_micro_batch_loss_is_that_of_its_own_tokens() -> None:
+    collapsed = _record(torch.tensor([[100.0, 0, 0, 0]]).repeat(12, 1), 1)
+    assert float(balance.micro_batch_balance(collapsed, torch.ones(12, dtype=torch.bool))) == pytest.approx(
+        4.0
+    )
+    assert float(balance.micro_batch_balance(collapsed, torch.zeros(12, dtype=torch.bool))) == 0.0

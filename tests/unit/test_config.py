@@ -114,9 +114,37 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["model.moe=null", "model.intermediate_size=64", "balance.router_z_loss_weight=0.1"],
         ["balance is set", "no experts", "Remove the balance section"],
     ),
-    "scope of no loss": (
-        ["balance.load_balancing_weight=0", "balance.load_balancing_scope=global_batch"],
-        ["load_balancing_scope is global_batch", "no effect", "give the loss a weight"],
+    "bias without a place": (
+        ["balance.bias_update_rate=0.001"],
+        ["bias_update_rate is 0.001", "selection_bias is false", "Set model.moe.selection_bias=true"],
+    ),
+    "half a group rule": (
+        ["model.moe.num_expert_groups=4"],
+        ["num_expert_groups is 4", "top_k_groups is None", "Set both, or neither"],
+    ),
+    "uneven groups": (
+        ["model.moe.num_expert_groups=3", "model.moe.top_k_groups=1"],
+        ["num_expert_groups is 3", "num_experts is 8", "Use one of 1, 2, 4, 8"],
+    ),
+    "too few groups": (
+        ["model.moe.num_expert_groups=8", "model.moe.top_k_groups=1", "model.moe.group_score=max"],
+        ["top_k_groups is 1", "top_k of 2", "Use 2 to 8"],
+    ),
+    "two of one": (
+        ["model.moe.num_expert_groups=8", "model.moe.top_k_groups=2"],
+        ["group_score is top2_sum", "1 expert", "Use group_score max"],
+    ),
+    "score of no group": (
+        ["model.moe.group_score=max"],
+        ["group_score is max", "no groups", "Remove it"],
+    ),
+    "drop of nothing": (
+        ["balance.drop_by=position"],
+        ["drop_by is position", "nothing is dropped", "capacity_factor"],
+    ),
+    "rule of a bias that rests": (
+        ["balance.bias_update=proportional"],
+        ["bias_update is proportional", "no effect", "give the bias a rate"],
     ),
 }
 

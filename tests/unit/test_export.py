@@ -18,8 +18,8 @@ from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError, ExportError
 from moe.hf import compare
 from moe.hf.convert import disk_tensors, moves
-from moe.hf.families import family_of
 from moe.hf.load import from_folder, from_run
+from moe.hf.match import family_of
 from moe.hf.pages import Dtype
 from moe.hf.verify import TOLERANCE, Comparison, our_logits, save_reference, verify
 from moe.hf.write import Written, new_folder, parse_size, write

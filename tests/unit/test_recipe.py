@@ -100,7 +100,7 @@ def test_the_resolved_recipe_holds_every_default(tiny_page: Page) -> None:
     run = recipe.parse(RunConfig, yaml.safe_dump(tiny_page), source="r.yaml")
     page = yaml.safe_load(recipe.dump(run))
     assert page["train"]["optimizer"]["beta2"] == 0.95
-    assert page["balance"]["load_balancing_scope"] == "sequence"
+    assert page["balance"]["sequence_loss_weight"] == 0.01
 
 
 class Anything(Section):

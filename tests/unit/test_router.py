@@ -1,0 +1,139 @@
+"""Routers by what their papers say, beside stock code where someone else wrote it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe.config import MoEConfig
+from moe.sparse.capacity import Capacity, accepted
+from moe.sparse.router import Router
+
+
+def _router(**settings_: object) -> Router:
+    config = MoEConfig.model_validate(
+        {"num_experts": 8, "top_k": 2, "expert_intermediate_size": 4, **settings_}
+    )
+    router = Router(16, config)
+    torch.nn.init.normal_(router.weight, generator=torch.Generator().manual_seed(0))
+    return router
+
+
+def _x(tokens: int = 64) -> torch.Tensor:
+    return torch.randn(tokens, 16, generator=torch.Generator().manual_seed(1))
+
+
+def _dense(ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
+    return torch.zeros(ids_TK.shape[0], 8).scatter_(1, ids_TK, weights_TK)
+
+
+def test_softmax_after_the_choice_equals_softmax_before_it_normalised() -> None:
+    router, x = _router(), _x()
+    routing = router(x)
+    best = torch.topk(x @ router.weight.t(), 2)
+    torch.testing.assert_close(
+        _dense(routing.ids_TK, routing.weights_TK), _dense(best.indices, torch.softmax(best.values, -1))
+    )
+
+
+def test_deepseek_v3s_router_is_that_of_transformers() -> None:
+    from transformers import DeepseekV3Config
+    from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3TopkRouter
+
+    config = DeepseekV3Config(
+        hidden_size=16,
+        intermediate_size=16,
+        moe_intermediate_size=4,
+        n_routed_experts=8,
+        n_shared_experts=1,
+        num_experts_per_tok=2,
+        n_group=4,
+        topk_group=2,
+        norm_topk_prob=True,
+        routed_scaling_factor=2.5,
+    )
+    stock = DeepseekV3TopkRouter(config)
+    router = _router(
+        router_score="sigmoid", num_expert_groups=4, top_k_groups=2, route_scale=2.5, selection_bias=True
+    )
+    bias = torch.linspace(0.4, -0.8, 8)
+    assert router.selection_bias_E is not None
+    router.selection_bias_E.copy_(bias)
+    stock.weight.data.copy_(router.weight)
+    stock.e_score_correction_bias.copy_(bias)
+    _, weights, ids = stock(_x())
+    routing = router(_x())
+    torch.testing.assert_close(_dense(routing.ids_TK, routing.weights_TK), _dense(ids, weights))
+
+
+def test_the_bias_steers_the_choice_and_never_the_weights() -> None:
+    plain, biased, x = _router(selection_bias=True), _router(selection_bias=True), _x()
+    assert biased.selection_bias_E is not None
+    biased.selection_bias_E[3] = 10.0
+    routing = biased(x)
+    assert bool((routing.ids_TK == 3).any(1).all())
+    scores = plain(x).probabilities_TE
+    expected = scores.gather(1, routing.ids_TK)
+    torch.testing.assert_close(routing.weights_TK, expected / expected.sum(-1, keepdim=True))
+    assert not routing.weights_TK.isnan().any()
+
+
+def test_a_cast_of_the_module_leaves_the_bias_in_float32() -> None:
+    router = _router(selection_bias=True)
+    assert router.selection_bias_E is not None
+    router.selection_bias_E.fill_(0.7012345)
+    torch.nn.Sequential(router).bfloat16()
+    assert router.weight.dtype == torch.bfloat16
+    assert router.selection_bias_E.dtype == torch.float32
+    router.selection_bias_E += 1e-3
+    assert float(router.selection_bias_E[0]) == pytest.approx(0.7022345, abs=1e-7)
+    assert "selection_bias_E" in router.state_dict()
+
+
+def test_scores_are_float32_whatever_the_model_computes_in() -> None:
+    router = _router().bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        routing = router(_x().bfloat16())
+    assert routing.weights_TK.dtype == routing.log_sum_exp_T.dtype == torch.float32
+    exact = torch.softmax(_x().bfloat16().double() @ router.weight.double().t(), -1)
+    torch.testing.assert_close(routing.probabilities_TE.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(("score", "best"), [("max", 1), ("top2_sum", 2)])
+def test_a_token_stays_within_its_best_groups(score: str, best: int) -> None:
+    router, x = _router(num_expert_groups=4, top_k_groups=1, group_score=score), _x()
+    routing = router(x)
+    groups = routing.probabilities_TE.view(-1, 4, 2).topk(best, -1).values.sum(-1).argmax(-1)
+    assert torch.equal(routing.ids_TK // 2, groups.unsqueeze(-1).expand(-1, 2))
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(1, 40),
+    st.integers(1, 6),
+    st.integers(1, 6),
+    st.floats(0.05, 3.0),
+    st.sampled_from(["score", "position"]),
+    st.integers(0, 999),
+)
+def test_no_expert_accepts_more_than_its_capacity_nor_drops_while_it_has_room(
+    tokens: int, experts: int, top_k: int, factor: float, drop_by: str, seed: int
+) -> None:
+    top_k = min(top_k, experts)
+    draw = torch.Generator().manual_seed(seed)
+    ids = torch.stack([torch.randperm(experts, generator=draw)[:top_k] for _ in range(tokens)])
+    weights = torch.rand(tokens, top_k, generator=draw)
+    kept = (torch.rand(tokens, generator=draw) < 0.8).unsqueeze(-1).expand(-1, top_k)
+    capacity = Capacity(factor, drop_by)  # type: ignore[arg-type]  # one of the two
+    sent = accepted(ids, weights, kept, capacity, experts)
+    assert not (sent & ~kept).any()
+    limit = capacity.rows(int(kept[:, 0].sum()), top_k, experts)
+    for expert in range(experts):
+        wanted, got = kept & (ids == expert), sent & (ids == expert)
+        assert int(got.sum()) == min(limit, int(wanted.sum()))
+        lost = wanted & ~got
+        if got.any() and lost.any():
+            if drop_by == "score":
+                assert float(weights[got].min()) >= float(weights[lost].max())
+            else:
+                assert int(got.nonzero()[:, 0].max()) < int(lost.nonzero()[:, 0].min())
