@@ -21,10 +21,12 @@ Record = Mapping[str, Any]
 class Tracker:
     """Where a run's records go. Make one with `open`."""
 
-    def __init__(self, run: RunConfig, progress: Progress | None, board: Any) -> None:
+    def __init__(self, run: RunConfig, step: int, progress: Progress | None, board: Any) -> None:
         self._path = run.folder / "metrics.jsonl"
         self._progress = progress
-        self._task = progress.add_task("training", total=run.train.steps) if progress else None
+        self._task = None
+        if progress is not None:
+            self._task = progress.add_task("", total=run.train.steps, completed=step, status="starting")
         self._board = board
         self._steps = run.train.steps
 
@@ -43,29 +45,24 @@ class Tracker:
         board = _tensorboard(run) if run.logging.tensorboard else None
         console = Console(stderr=True)
         if not console.is_terminal:
-            yield cls(run, None, board)
+            yield cls(run, step, None, board)
         else:
-            columns = (
-                TextColumn("{task.description}"),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeRemainingColumn(),
-            )
+            # 80 columns hold all of it.
+            columns = (MofNCompleteColumn(), BarColumn(bar_width=8), TimeRemainingColumn())
             with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as progress:
-                tracker = cls(run, progress, board)
-                yield tracker
+                yield cls(run, step, progress, board)
         if board is not None:
             board.finish()
 
     def log(self, record: Record) -> None:
         """A training record (moe.train says what is in it)."""
         self._append(record)
-        sentence = _sentence(record)
         if self._progress is not None and self._task is not None:
-            self._progress.update(self._task, completed=record["step"], status=sentence)
+            self._progress.update(self._task, completed=record["step"], status=_status(record))
         else:
             left = (self._steps - record["step"]) * record["seconds"]
-            log.get().info("step %d/%d  %s  ETA %s", record["step"], self._steps, sentence, _duration(left))
+            what = _sentence(record)
+            log.get().info("step %d/%d  %s  ETA %s", record["step"], self._steps, what, _duration(left))
 
     def evaluation(self, record: Record) -> None:
         """A record of the held-out loss."""
@@ -83,6 +80,13 @@ class Tracker:
         if self._board is not None:
             scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
             self._board.log(scalars, step=record["step"])
+
+
+def _status(record: Record) -> str:
+    """The same in little room."""
+    speed, share = record["tokens_per_second"], 100 * record["mfu"]
+    balance = f"  max violation {record['max_violation']:.1f}" if "max_violation" in record else ""
+    return f"loss {record['loss']:.3f}  {speed:,.0f} tokens/s  MFU {share:.0f} %{balance}"
 
 
 def _sentence(record: Record) -> str:
