@@ -70,7 +70,7 @@ class _WeightedSum(torch.autograd.Function):
         if not rows_ND.shape[0]:
             return torch.empty_like(rows_ND), None, None, torch.zeros_like(weights_TK)
         grad_ND = grad_TD.index_select(0, token_of_row_N)
-        grad_weights_TK = (rows_ND * grad_ND).sum(-1)[row_of_choice_TK]
+        grad_weights_TK = torch.linalg.vecdot(rows_ND, grad_ND)[row_of_choice_TK]
         # A choice that is not sent has weight 0 and adds nothing to the row it points at.
         weights_N = weights_TK.new_zeros(rows_ND.shape[0])
         weights_N.index_add_(0, row_of_choice_TK.reshape(-1), weights_TK.reshape(-1))

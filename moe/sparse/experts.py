@@ -45,8 +45,9 @@ def _fits_grouped_mm(gate_up: Tensor, down: Tensor) -> bool:
 class _LoopedSwiGLU(torch.autograd.Function):
     """One autograd node for all experts, each writing its rows and weight gradients in place.
 
-    Indexing a stacked parameter expert by expert would make autograd build a zero [e, ...] gradient for each.
-    Kept for backward per row: D inputs and 2F pre-activations.
+    All work on an expert's rows is done before the next one's, so that they stay in the cache. Indexing a stacked
+    parameter expert by expert would make autograd build a zero [e, ...] gradient for each. Kept for backward per
+    row: D inputs and 2F pre-activations.
     """
 
     @staticmethod
@@ -55,12 +56,12 @@ class _LoopedSwiGLU(torch.autograd.Function):
     ) -> Tensor:
         gate_up_RF = rows_RD.new_empty(rows_RD.shape[0], gate_up.shape[1])
         out_RD = torch.empty_like(rows_RD)
+        hidden = _Scratch(rows_RD, rows_per_expert, down.shape[2])
         for e, rows in _blocks(rows_per_expert):
-            torch.mm(rows_RD[rows], gate_up[e].t(), out=gate_up_RF[rows])
-        gate, up = gate_up_RF.chunk(2, dim=-1)
-        hidden_RF = F.silu(gate).mul_(up)
-        for e, rows in _blocks(rows_per_expert):
-            torch.mm(hidden_RF[rows], down[e].t(), out=out_RD[rows])
+            both = torch.mm(rows_RD[rows], gate_up[e].t(), out=gate_up_RF[rows])
+            gate, up = both.chunk(2, dim=-1)
+            h = torch.ops.aten.silu.out(gate, out=hidden.rows(rows)).mul_(up)
+            torch.mm(h, down[e].t(), out=out_RD[rows])
         ctx.save_for_backward(rows_RD, gate_up_RF, gate_up, down)
         ctx.rows_per_expert = rows_per_expert
         return out_RD
@@ -68,23 +69,37 @@ class _LoopedSwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_RD: Tensor) -> tuple[Tensor, None, Tensor, Tensor]:
         rows_RD, gate_up_RF, gate_up, down = ctx.saved_tensors
-        grad_RD = grad_RD.contiguous()
-        gate, up = gate_up_RF.chunk(2, dim=-1)
-        activated_RF = F.silu(gate)
-        hidden_RF = activated_RF * up
-        grad_hidden_RF, grad_down = torch.empty_like(hidden_RF), torch.zeros_like(down)
-        for e, rows in _blocks(ctx.rows_per_expert):
-            torch.mm(grad_RD[rows], down[e], out=grad_hidden_RF[rows])
-            torch.mm(grad_RD[rows].t(), hidden_RF[rows], out=grad_down[e])
-        grad_gate_up_RF = torch.empty_like(gate_up_RF)
-        grad_gate, grad_up = grad_gate_up_RF.chunk(2, dim=-1)
-        torch.mul(grad_hidden_RF, activated_RF, out=grad_up)
-        grad_gate.copy_(torch.ops.aten.silu_backward(grad_hidden_RF.mul_(up), gate))
-        grad_rows_RD, grad_gate_up = torch.empty_like(rows_RD), torch.zeros_like(gate_up)
-        for e, rows in _blocks(ctx.rows_per_expert):
-            torch.mm(grad_gate_up_RF[rows], gate_up[e], out=grad_rows_RD[rows])
-            torch.mm(grad_gate_up_RF[rows].t(), rows_RD[rows], out=grad_gate_up[e])
+        counts, width = ctx.rows_per_expert, down.shape[2]
+        grad_RD, grad_rows_RD = grad_RD.contiguous(), torch.empty_like(rows_RD)
+        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        activated, hidden, grad_hidden = (_Scratch(rows_RD, counts, width) for _ in range(3))
+        grad_both = _Scratch(rows_RD, counts, 2 * width)
+        for e in (e for e, count in enumerate(counts) if not count):
+            grad_gate_up[e].zero_()
+            grad_down[e].zero_()
+        for e, rows in _blocks(counts):
+            gate, up = gate_up_RF[rows].chunk(2, dim=-1)
+            silu = torch.ops.aten.silu.out(gate, out=activated.rows(rows))
+            torch.mm(grad_RD[rows].t(), torch.mul(silu, up, out=hidden.rows(rows)), out=grad_down[e])
+            grad_h = torch.mm(grad_RD[rows], down[e], out=grad_hidden.rows(rows))
+            both = grad_both.rows(rows)
+            grad_gate, grad_up = both.chunk(2, dim=-1)
+            torch.mul(grad_h, silu, out=grad_up)
+            torch.ops.aten.silu_backward.grad_input(grad_h.mul_(up), gate, grad_input=grad_gate)
+            torch.mm(both.t(), rows_RD[rows], out=grad_gate_up[e])
+            torch.mm(both, gate_up[e], out=grad_rows_RD[rows])
         return grad_rows_RD, None, grad_gate_up, grad_down
+
+
+class _Scratch:
+    """Room for the rows of one expert at a time."""
+
+    def __init__(self, like: Tensor, rows_per_expert: list[int], width: int) -> None:
+        self.buffer = like.new_empty(max(rows_per_expert, default=0), width)
+
+    def rows(self, rows: slice) -> Tensor:
+        """As many rows as `rows` spans; their content is whatever was there."""
+        return self.buffer[: rows.stop - rows.start]
 
 
 def _blocks(rows_per_expert: list[int]) -> list[tuple[int, slice]]:
