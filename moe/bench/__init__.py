@@ -1,0 +1,1 @@
+"""Side-by-side measurements, each a module to run: `python -m moe.bench.layer`."""
