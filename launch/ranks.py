@@ -1,8 +1,10 @@
 """One launcher on this machine and the ranks below it: start, stop kindly, end; all by pid."""
 
+import ctypes
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,7 +38,9 @@ def run(
     with _stop_requests() as stops:
         # In a session of its own, Ctrl-C reaches us alone: we tell the ranks, and spare the launcher, which
         # would end them unsaved.
-        launcher = subprocess.Popen(list(command), env=dict(env), start_new_session=True)
+        launcher = subprocess.Popen(
+            list(command), env=dict(env), start_new_session=True, preexec_fn=_end_with_parent
+        )
         told: set[int] = set()
         grace, spoken = 0.0, False
         try:
@@ -55,6 +59,12 @@ def run(
             code = launcher.wait()
             _end(launcher.pid, grace)
         return Outcome(code, len(stops))
+
+
+def _end_with_parent() -> None:
+    """Ask the kernel to send SIGTERM when we are killed ourselves: the launcher then ends its ranks, which save."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
 
 
 @contextmanager

@@ -4,6 +4,7 @@ TurnoutError
 ├── ConfigError      a recipe, an option, a layout
 ├── DataError        raw text, token shards, a tokenizer
 ├── CheckpointError  a run folder or a saved state
+├── TrainingError    training that cannot go on: it diverged
 ├── ExportError      no stock architecture, a failed comparison
 └── LaunchError      processes that did not start or did not end well
 """
@@ -33,6 +34,10 @@ class DataError(TurnoutError):
 
 class CheckpointError(TurnoutError):
     """A run folder or a saved state that cannot be trusted or does not fit."""
+
+
+class TrainingError(TurnoutError):
+    """Training that cannot go on, with the last good checkpoint untouched."""
 
 
 class ExportError(TurnoutError):

@@ -5,7 +5,8 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ import click
 
 from moe import dist, log
 from moe.checkpoint import identity
+from moe.checkpoint.lock import held
 from moe.config import RunConfig, check_data, check_world
 from moe.data.shards import TokenData
 from moe.engine import ds_config
@@ -38,15 +40,14 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
     check_data(run, data)
     if run.folder.exists() and not run.folder.is_dir():
         raise ConfigError(f"run_dir is {run.folder}, but that is a file. Choose another run_dir.")
-    strangers = (
-        run.folder.is_dir() and any(run.folder.iterdir()) and not (run.folder / "recipe.yaml").is_file()
-    )
+    there = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
+    strangers = bool(there - {".lock"}) and "recipe.yaml" not in there
     if strangers:
         raise ConfigError(
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
             f"Choose another run_dir."
         )
-    identity.check(run)
+    identity.check(run, data.fingerprint)
     return data
 
 
@@ -72,9 +73,12 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: "StopSignal"
     from moe.engine.engine import Engine
     from moe.metrics import Meter, Tracker
 
-    _prepare_folder(run, data, ranks)
+    _on_the_first_rank(ranks, lambda: _verify_shards(run))
     engine = Engine.start(run, _model(run, ranks), ranks)
     state = restore(engine, data.fingerprint)
+    # Only now is it sure that this run may write there.
+    lock = ExitStack()
+    _on_the_first_rank(ranks, lambda: _take_folder(run, data, state, lock))
     _announce(run, data, ranks, state)
     batches = train_batches(
         data,
@@ -87,7 +91,7 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: "StopSignal"
         start_step=state.step,
     )
     saved = state.step if state.step else None
-    with Tracker.open(run, speaks=ranks.speaks, step=state.step) as tracker:
+    with lock, Tracker.open(run, speaks=ranks.speaks, step=state.step) as tracker:
         meter = Meter(run, ranks, tracker)
         if state.step == 0:
             _evaluate(run, data, engine, tracker, state, meter)
@@ -126,12 +130,18 @@ class StopSignal:
 
 
 def _model(run: RunConfig, ranks: dist.Ranks) -> Any:
-    from moe.model import Transformer, initialize
+    from moe.model import Transformer, count, initialize
     from moe.sparse import Capacity, ExpertLayout
 
     num_experts = run.model.moe.num_experts if run.model.moe else 1
     layout = ExpertLayout(num_experts, ranks.expert_parallel_size, ranks.expert_rank, ranks.expert_group)
-    model = Transformer(run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance))
+    try:
+        model = Transformer(run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance))
+    except (RuntimeError, MemoryError) as error:  # torch's allocator says no
+        raise ConfigError(
+            f"model: {count(run.model, run.data.sequence_length).sentence()}, which this rank cannot hold ({error}). "
+            f"Use a smaller model, or more ranks with a larger parallel.expert_parallel_size."
+        ) from None
     initialize(model, run.seed)
     return model
 
@@ -168,33 +178,45 @@ def _evaluate(
             )
 
 
-def _prepare_folder(run: RunConfig, data: TokenData, ranks: dist.Ranks) -> None:
-    """Rank 0 hashes the shards, writes the resolved recipe and copies the tokenizer; all learn of a fault."""
-    fault = ""
+def _on_the_first_rank(ranks: dist.Ranks, work: Callable[[], None]) -> None:
+    """Do `work` on rank 0; what goes wrong there is an error on every rank, so that none is left waiting."""
+    fault: TurnoutError | None = None
     if ranks.speaks:
         try:
-            if run.data.verify_hashes:
-                TokenData.open(Path(run.data.path), verify=True)
-            _write_folder(run, data)
+            work()
         except TurnoutError as error:
-            fault = str(error)
-        except OSError as error:
-            reason = error.strerror or error
-            fault = f"run_dir is {run.folder}, which cannot be written ({reason}). Choose another run_dir."
+            fault = error
     fault = ranks.gather(fault)[0]
-    if fault:
-        raise ConfigError(fault)
+    if fault is not None:
+        raise fault
 
 
-def _write_folder(run: RunConfig, data: TokenData) -> None:
-    run.folder.mkdir(parents=True, exist_ok=True)
-    _write_atomically(run.folder / "recipe.yaml", dump(run))
-    (run.folder / "done").unlink(missing_ok=True)
-    if not (run.folder / "tokenizer").is_dir():
-        partial = run.folder / ".tokenizer"
-        shutil.rmtree(partial, ignore_errors=True)
-        shutil.copytree(data.tokenizer_folder, partial)
-        partial.rename(run.folder / "tokenizer")
+def _verify_shards(run: RunConfig) -> None:
+    if run.data.verify_hashes:
+        TokenData.open(Path(run.data.path), verify=True)
+
+
+def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: ExitStack) -> None:
+    """Lock the run's folder; write the resolved recipe and, for a run from the beginning, the tokenizer."""
+    metrics, tokenizer = run.folder / "metrics.jsonl", run.folder / "tokenizer"
+    try:
+        lock.enter_context(held(run.folder))
+        if metrics.is_dir():
+            raise ConfigError(
+                f"{metrics} is a folder, but records go into a file of that name. Move it away."
+            )
+        _write_atomically(run.folder / "recipe.yaml", dump(run))
+        (run.folder / "done").unlink(missing_ok=True)
+        if state.step == 0 or not tokenizer.is_dir():
+            partial = run.folder / ".tokenizer"
+            shutil.rmtree(partial, ignore_errors=True)
+            shutil.copytree(data.tokenizer_folder, partial)
+            shutil.rmtree(tokenizer, ignore_errors=True)
+            partial.rename(tokenizer)
+    except OSError as error:
+        raise ConfigError(
+            f"run_dir is {run.folder}, which cannot be written ({error.strerror or error}). Choose another run_dir."
+        ) from None
 
 
 def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainState") -> None:

@@ -49,18 +49,32 @@ def step_folder(run_folder: Path, step: int) -> Path:
 
 
 def steps(run_folder: Path) -> list[int]:
-    """Steps of complete checkpoints, oldest first. Folders of torn saves have other names and never count."""
-    found = []
-    for path in (run_folder / "checkpoints").glob("step_*"):
-        match = re.fullmatch(r"step_(\d+)", path.name)
-        if match and (path / MANIFEST).is_file():
+    """Steps of complete checkpoints, oldest first. Folders of torn saves have other names and never count.
+
+    Raises `CheckpointError` for a folder step_N without a manifest: a save never leaves one behind, so something
+    was taken out of it.
+    """
+    home, found = run_folder / "checkpoints", []
+    if home.exists() and not home.is_dir():
+        raise CheckpointError(
+            f"{home} is a file, but checkpoints go into a folder of that name. Move it away."
+        )
+    for path in home.glob("step_*"):
+        match = re.fullmatch(r"step_(0|[1-9][0-9]*)", path.name)
+        if match and not (path / MANIFEST).is_file():
+            raise CheckpointError(
+                f"{path} has no {MANIFEST}, and no save leaves such a folder: it was damaged. Restore the file, or "
+                f"move {path} away to go on without it."
+            )
+        if match:
             found.append(int(match[1]))
     return sorted(found)
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write and sync the manifest into `folder`."""
-    page = {"format": FORMAT, "version": VERSION, **asdict(manifest)}
+    content = asdict(manifest)
+    page = {"format": FORMAT, "version": VERSION, "xxh3": _hash_of(content), **content}
     path = folder / MANIFEST
     with path.open("w", encoding="utf-8") as file:
         json.dump(page, file, indent=1)
@@ -77,6 +91,11 @@ def read_manifest(folder: Path) -> Manifest:
             raise CheckpointError(
                 f"{folder}: its manifest says format {kind!r} version {version}, but this version reads {FORMAT!r} "
                 f"version {VERSION}. Use the version of turnout that wrote it."
+            )
+        if page.pop("xxh3") != _hash_of(page) or f"step_{page['step']}" != folder.name:
+            raise CheckpointError(
+                f"{folder / MANIFEST} is not what was written there: it or its folder's name was changed. "
+                f"{_way_out(folder)}"
             )
         files = {name: File(**file) for name, file in page.pop("files").items()}
         return Manifest(**page, files=files)
@@ -112,6 +131,10 @@ def hash_file(path: Path) -> str:
         while block := file.read(_BLOCK):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _hash_of(content: dict[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
 
 
 def _way_out(folder: Path) -> str:

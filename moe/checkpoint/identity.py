@@ -22,26 +22,30 @@ LAYOUT = (
     "logging",
     "deepspeed",
 )
-"""What may differ between a run and its continuation: how it is computed, not what."""
+"""What may differ between a run and its continuation: how it is computed, not what. A micro-batch's size is part
+of what is trained where a capacity or a loss counts within it."""
 
 
-def check(run: RunConfig) -> Manifest | None:
+def check(run: RunConfig, data_fingerprint: str) -> Manifest | None:
     """The newest checkpoint's manifest, if there is one and `run` continues it; touches no tensors.
 
-    Raises `CheckpointError` if the recipe in the run folder trains something else.
+    Raises `CheckpointError` if the folder holds other training, or training on other data.
     """
     found = folders.steps(run.folder)
     if not found:
+        started = run.folder / "recipe.yaml"
+        if started.is_file():
+            _compare(load(RunConfig, started), run)
         return None
     folder = folders.step_folder(run.folder, found[-1])
     manifest = folders.read_manifest(folder)
     folders.verify(folder, manifest, {"recipe.yaml"})
-    differences = _differences(load(RunConfig, folder / "recipe.yaml"), run)
-    if differences:
+    _compare(load(RunConfig, folder / "recipe.yaml"), run)
+    if manifest.data_fingerprint != data_fingerprint:
         raise CheckpointError(
-            f"{run.folder} holds a run with other settings:\n       "
-            + "\n       ".join(differences)
-            + "\n       A run goes on with the training it began. Restore the settings, or choose another run_dir."
+            f"{folder} was trained on other data than {run.data.path} holds now (fingerprint "
+            f"{manifest.data_fingerprint}, now {data_fingerprint}): the position would mean other samples. "
+            f"Prepare the data as it was, or choose another run_dir."
         )
     if manifest.step > run.train.steps:
         raise CheckpointError(
@@ -51,13 +55,27 @@ def check(run: RunConfig) -> Manifest | None:
     return manifest
 
 
+def _compare(saved: RunConfig, run: RunConfig) -> None:
+    differences = _differences(saved, run)
+    if differences:
+        raise CheckpointError(
+            f"{run.folder} holds a run with other settings:\n       "
+            + "\n       ".join(differences)
+            + "\n       A run goes on with the training it began. Restore the settings, choose another run_dir, or "
+            "remove the folder."
+        )
+
+
 def _differences(saved: RunConfig, now: RunConfig) -> list[str]:
     before, after = _flat(saved.model_dump()), _flat(now.model_dump())
+    balance = now.balance
+    by_micro_batch = balance.capacity_factor is not None or balance.micro_batch_loss_weight > 0
+    free_keys = [key for key in LAYOUT if not (by_micro_batch and key == "train.micro_batch_size")]
     return [
         f"{key} was {before.get(key)!r} and is {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key) != after.get(key)
-        and not any(key == free or key.startswith(f"{free}.") for free in LAYOUT)
+        and not any(key == free or key.startswith(f"{free}.") for free in free_keys)
     ]
 
 

@@ -33,17 +33,8 @@ class SavedModel:
     @classmethod
     def open(cls, run_folder: Path, step: int | None = None) -> "SavedModel":
         """The checkpoint of `step` in a run's folder; None: the newest. Raises `CheckpointError`."""
-        found = folders.steps(run_folder)
-        if not found:
-            raise CheckpointError(
-                f"{run_folder} holds no checkpoint: it must be the folder of a run that has saved one. "
-                f"Give such a folder, or train first."
-            )
-        step = found[-1] if step is None else step
-        if step not in found:
-            raise CheckpointError(
-                f"{run_folder} has no checkpoint of step {step}. It has {', '.join(map(str, found))}: use one of them."
-            )
+        if step is None or not (folders.step_folder(run_folder, step) / folders.MANIFEST).is_file():
+            step = _newest(run_folder, step)
         folder = folders.step_folder(run_folder, step)
         manifest = folders.read_manifest(folder)
         folders.verify(folder, manifest)
@@ -74,6 +65,20 @@ class SavedModel:
         with safe_open(self.folder / self.manifest.tensors[key], framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
             return tensor
+
+
+def _newest(run_folder: Path, wanted: int | None) -> int:
+    found = folders.steps(run_folder)
+    if not found:
+        raise CheckpointError(
+            f"{run_folder} holds no checkpoint: it must be the folder of a run that has saved one. "
+            f"Give such a folder, or train first."
+        )
+    if wanted is not None:
+        raise CheckpointError(
+            f"{run_folder} has no checkpoint of step {wanted}. It has {', '.join(map(str, found))}: use one of them."
+        )
+    return found[-1]
 
 
 def _split(key: str) -> tuple[str, int]:

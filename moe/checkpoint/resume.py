@@ -22,16 +22,10 @@ def restore(engine: Engine, data_fingerprint: str) -> TrainState:
     Any world size, expert-parallel size and ZeRO stage can read it. Raises `CheckpointError` if a file was
     changed or cut, a tensor is missing, or the data is not what the run was trained on.
     """
-    manifest = check(engine.run)
+    manifest = check(engine.run, data_fingerprint)
     if manifest is None:
         return TrainState()
     folder = folders.step_folder(engine.run.folder, manifest.step)
-    if manifest.data_fingerprint != data_fingerprint:
-        raise CheckpointError(
-            f"{folder} was trained on other data than {engine.run.data.path} holds now (fingerprint "
-            f"{manifest.data_fingerprint}, now {data_fingerprint}): the position would mean other samples. "
-            f"Prepare the data as it was, or choose another run_dir."
-        )
     _verify_together(engine.ranks, folder, manifest)
     states.prepare(engine, manifest.step)
     with _Tensors(folder, manifest) as tensors:

@@ -2,10 +2,13 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar, cast
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -13,9 +16,12 @@ from moe.checkpoint import folder as folders
 from moe.checkpoint import state as states
 from moe.checkpoint.folder import File, Manifest
 from moe.config import RunConfig
+from moe.dist import Ranks
 from moe.engine.engine import Engine
 from moe.errors import CheckpointError
 from moe.recipe import dump
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -40,25 +46,39 @@ def save(engine: Engine, state: TrainState, data_fingerprint: str) -> Path:
     """
     run, ranks = engine.run, engine.ranks
     target = folders.step_folder(run.folder, state.step)
+    if ranks.gather(target.exists())[0]:
+        return target  # a run that went on from an older checkpoint comes by again: the same state
     torn = target.with_name(f".torn-{target.name}")
-    if ranks.speaks:
-        shutil.rmtree(torn, ignore_errors=True)
-        torn.mkdir(parents=True)
-    ranks.barrier()
-    part, fault = _Part({}, {}), ""
+    tensors = dict(states.collect(engine))
+    _together(ranks, torn, lambda: _begin(torn) if ranks.speaks else None)
+    parts = _together(ranks, torn, lambda: _write_part(ranks.rank, tensors, torn))
+    fixed = (state, data_fingerprint, ranks.world_size)
+    _together(ranks, torn, lambda: _finish(run, *fixed, parts, torn, target) if ranks.speaks else None)
+    return target
+
+
+def _together(ranks: Ranks, folder: Path, work: Callable[[], T]) -> list[T]:
+    """Do `work` on every rank and wait for all; what one could not write is an error on every rank."""
+    done: T | None = None
+    fault = ""
     try:
-        part = _write_part(engine, torn)
-    except OSError as error:
-        fault = f"rank {ranks.rank} could not write to {torn}: {error.strerror or error}"
-    parts, faults = ranks.gather(part), [f for f in ranks.gather(fault) if f]
+        done = work()
+    except (OSError, SafetensorError) as error:
+        fault = f"rank {ranks.rank} could not write to {folder}: {getattr(error, 'strerror', None) or error}"
+    faults = [said for said in ranks.gather(fault) if said]
     if faults:
         raise CheckpointError(
             f"{'; '.join(faults)}. Make room or give access; earlier checkpoints are as they were."
         )
-    if ranks.speaks:
-        _finish(run, state, data_fingerprint, ranks.world_size, parts, torn, target)
-    ranks.barrier()
-    return target
+    return ranks.gather(cast("T", done))
+
+
+def _begin(torn: Path) -> None:
+    """Sweep away what killed saves left, and make room for this one."""
+    torn.parent.mkdir(parents=True, exist_ok=True)
+    for left in torn.parent.glob(".torn-*"):
+        shutil.rmtree(left)
+    torn.mkdir()
 
 
 @dataclass(frozen=True)
@@ -67,9 +87,7 @@ class _Part:
     tensors: dict[str, str]
 
 
-def _write_part(engine: Engine, folder: Path) -> _Part:
-    rank = engine.ranks.rank
-    tensors = dict(states.collect(engine))
+def _write_part(rank: int, tensors: dict[str, Tensor], folder: Path) -> _Part:
     files = {}
     for name, content in (
         (f"state-{rank:05d}.safetensors", tensors),
@@ -121,14 +139,7 @@ def _finish(
     )
     folders.write_manifest(torn, manifest)
     _sync(torn)
-    if target.exists():  # saved again at the same step: the old one stays until the new one is whole
-        old = target.with_name(f".old-{target.name}")
-        shutil.rmtree(old, ignore_errors=True)
-        target.rename(old)
-        torn.rename(target)
-        shutil.rmtree(old)
-    else:
-        torn.rename(target)
+    torn.rename(target)
     _sync(target.parent)
     _prune(run)
 

@@ -3,6 +3,7 @@
 L sparse layers, E experts.
 """
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from moe.engine import ds_config
 from moe.engine.clip import clip_gradients
 from moe.engine.groups import adopt
 from moe.engine.library import deepspeed
+from moe.errors import TrainingError
 from moe.loss import Losses, Totals
 from moe.model import ModelOutput, Transformer
 from moe.sparse import balance
@@ -103,10 +105,14 @@ class Engine:
             self.wrapped.backward(here.total * (self.ranks.world_size * len(batches)))
             if self.run.parallel.zero_stage == 0 and batch is batches[-1]:
                 norm = clip_gradients(self.model, self.ranks, self.run.train.optimizer.gradient_clipping)
+                self._refuse_divergence(step, norm)
             self.wrapped.step()
             sums += torch.stack([here.cross_entropy, here.load_balancing, here.router_z, here.total.detach()])
             load_here = loss.local_load(output)
             load = load_here if load is None or load_here is None else load + load_here
+        if norm is None:
+            norm = torch.as_tensor(self.wrapped.get_global_grad_norm())
+            self._refuse_divergence(step, norm)
         if load is not None:
             self._move_biases(self.ranks.sum(load)[:, :-1])
         cross_entropy, load_balancing, router_z, total = self.ranks.sum(sums).unbind()
@@ -115,7 +121,7 @@ class Engine:
             load_balancing=load_balancing,
             router_z=router_z,
             total=total,
-            gradient_norm=norm if norm is not None else torch.as_tensor(self.wrapped.get_global_grad_norm()),
+            gradient_norm=norm,
             learning_rate=rate,
             num_tokens=self.run.train.global_batch_size * self.run.data.sequence_length,
             tokens_per_expert=load[:, :-1] if load is not None else None,
@@ -156,6 +162,18 @@ class Engine:
             assert load is not None
             totals = replace(totals, counts_LE=self.ranks.sum(load[:, :-1].contiguous()))
         return loss.losses(output, batch.mask_BS, totals, self.run.balance)
+
+    def _refuse_divergence(self, step: int, norm: Tensor) -> None:
+        """Stop before a bad gradient touches weights; DeepSpeed itself would skip the step and say little.
+
+        DeepSpeed looks for overflow on the host at every step, so this adds no wait. Raises `TrainingError`.
+        """
+        if getattr(self.wrapped.optimizer, "overflow", False) or not math.isfinite(norm):
+            raise TrainingError(
+                f"the gradient of step {step + 1} is not finite: training has diverged, and weights would be lost. "
+                f"Checkpoints are as they were. Start again with a lower train.optimizer.learning_rate or a longer "
+                f"train.schedule.warmup_steps (a new run_dir), or look at the data around that step."
+            )
 
     def _needs_global_counts(self) -> bool:
         return self.run.model.moe is not None and self.run.balance.global_batch_loss_weight > 0

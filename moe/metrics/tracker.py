@@ -112,13 +112,16 @@ def _duration(seconds: float) -> str:
 def _drop_after(path: Path, step: int) -> None:
     if not path.is_file():
         return
+    if step == 0:
+        path.unlink()  # the run begins anew
+        return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             record = json.loads(line)
         except ValueError:
             continue  # cut by a kill
-        if record.get("step", 0) <= step:
+        if isinstance(record, dict) and isinstance(record.get("step"), int) and record["step"] <= step:
             kept.append(line + "\n")
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_text("".join(kept), encoding="utf-8")

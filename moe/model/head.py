@@ -27,8 +27,10 @@ class Head(nn.Module):
         if labels is None:
             return h @ self.weight.t()
         kept = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+        # Asked here: inside a Function's forward, gradients are always off and needs_input_grad ignores no_grad.
+        backward = torch.is_grad_enabled() and (h.requires_grad or self.weight.requires_grad)
         loss: Tensor = _LinearCrossEntropy.apply(
-            h.flatten(0, -2), self.weight, labels.flatten(), kept.flatten()
+            h.flatten(0, -2), self.weight, labels.flatten(), kept.flatten(), backward
         )
         return loss
 
@@ -41,10 +43,11 @@ class _LinearCrossEntropy(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor, backward: bool
+    ) -> Tensor:
         wide = torch.promote_types(h_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=h_TD.device)
-        backward = any(ctx.needs_input_grad)
         grad_h_TD = torch.empty_like(h_TD) if backward else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if backward else None
         chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
@@ -71,6 +74,12 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         grad_h_TD, grad_weight_VD = ctx.saved_tensors
-        return grad_h_TD * grad.to(grad_h_TD.dtype), (grad_weight_VD * grad).to(ctx.weight_dtype), None, None
+        return (
+            grad_h_TD * grad.to(grad_h_TD.dtype),
+            (grad_weight_VD * grad).to(ctx.weight_dtype),
+            None,
+            None,
+            None,
+        )

@@ -13,8 +13,7 @@ from safetensors.torch import load_file
 
 from moe.checkpoint.read import SavedModel
 from moe.checkpoint.resume import restore
-from moe.checkpoint.save import save
-from moe.checkpoint.save import TrainState
+from moe.checkpoint.save import TrainState, save
 from moe.config import RunConfig
 from moe.errors import CheckpointError
 from tests.dist.layouts import curve, ranks_of, start, tiny, train
@@ -141,12 +140,18 @@ def _newer(path: Path) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 99}))
 
 
+def _edited(path: Path) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"files": {}}))
+
+
 DAMAGE: dict[str, tuple[str, Callable[[Path], None], str]] = {
     "a flipped byte": ("state-00001.safetensors", _flip, r"state-00001.*hash.*go on from step_10"),
     "a cut file": ("state-00000.safetensors", _cut, r"state-00000.*bytes"),
     "a missing file": ("state-00000.safetensors", Path.unlink, r"state-00000.*missing"),
     "another recipe": ("recipe.yaml", _flip, r"recipe.yaml.*hash"),
     "a cut manifest": ("manifest.json", _nonsense, r"manifest.json cannot be read"),
+    "an edited manifest": ("manifest.json", _edited, r"manifest.json is not what was written.*step_10"),
+    "a missing manifest": ("manifest.json", Path.unlink, r"step_20 has no manifest.json.*damaged"),
     "a newer format": ("manifest.json", _newer, r"version 99, but this version reads"),
 }
 
@@ -188,7 +193,7 @@ def test_readers_without_an_engine_refuse_the_same(name: str, runs: Path, tmp_pa
 def test_a_torn_save_is_never_the_newest(runs: Path, tmp_path: Path) -> None:
     run = Path(shutil.copytree(runs / "1-fp32/straight", tmp_path / "run"))
     (run / "checkpoints/step_20").rename(run / "checkpoints/.torn-step_20")
-    (run / "checkpoints/step_30").mkdir()
+    (run / "checkpoints/step_030").mkdir()
     assert SavedModel.open(run).step == HALF
     with pytest.raises(CheckpointError, match=r"no checkpoint of step 20\. It has 10"):
         SavedModel.open(run, 20)

@@ -1,0 +1,33 @@
+"""One run folder, one writer."""
+
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from moe.errors import CheckpointError
+
+
+@contextmanager
+def held(run_folder: Path) -> Iterator[None]:
+    """Hold the folder's lock (flock on .lock, made if need be) while training writes there.
+
+    Raises `CheckpointError` if another process holds it; the system lets go when its holder ends, however.
+    """
+    run_folder.mkdir(parents=True, exist_ok=True)
+    with (run_folder / ".lock").open("a+", encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise CheckpointError(
+                f"{run_folder} is in use: {file.read().strip() or 'another process'} trains there. "
+                f"Wait for its end, end it, or choose another run_dir."
+            ) from None
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {socket.gethostname()}")
+        file.flush()
+        yield
