@@ -1,13 +1,14 @@
 """Raw bytes or text -> a document, or the reason why there is none."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import xxhash
 
 from moe.data.shards import Amount, FileStamp, SourceFacts
+from moe.errors import DataError
 
 EMPTY = "empty"
 NOT_UTF8 = "invalid UTF-8"
@@ -75,6 +76,20 @@ class Account:
             kept=_amount(self.kept),
             dropped={reason: _amount(count) for reason, count in sorted(self.dropped.items())},
         )
+
+
+def nothing_left(accounts: Iterable[SourceFacts]) -> DataError:
+    """The error for sources of which no document was kept."""
+    read, dropped = 0, Counter[str]()
+    for account in accounts:
+        read += account.read.documents
+        dropped.update({why: amount.documents for why, amount in account.dropped.items()})
+    reasons = ", ".join(f"{count} {why}" for why, count in sorted(dropped.items()))
+    return DataError(
+        f"the sources hold no usable text: {read} documents read, none kept "
+        f"({f'dropped: {reasons}' if reasons else 'there are none in them'}). "
+        f"Give sources with text in UTF-8; their paths and text_field say what is read."
+    )
 
 
 def from_bytes(raw: bytes) -> Document | Dropped:

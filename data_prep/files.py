@@ -1,5 +1,6 @@
 """Text, JSON lines and parquet files, plain or compressed -> documents."""
 
+import codecs
 import glob
 import gzip
 import json
@@ -23,7 +24,7 @@ def text(config: TextSource) -> Source:
 
 
 def jsonl(config: JsonlSource) -> Source:
-    """A line is a document; blank lines are none."""
+    """A line is a document; blank lines are none, and a byte order mark before the first one is passed over."""
     return _source("jsonl", config.paths, partial(_lines, text_field=config.text_field))
 
 
@@ -64,6 +65,8 @@ def _texts(path: Path, separator: str | None) -> Iterator[Document | Dropped]:
 
 def _lines(path: Path, text_field: str) -> Iterator[Document | Dropped]:
     for number, line in enumerate(_split(_chunks(path), b"\n"), start=1):
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line.strip():
             continue
         item = from_bytes(line)

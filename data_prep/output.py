@@ -43,6 +43,8 @@ def workspace(folder: Path, *, replace: bool) -> Iterator[Path]:
     Raises `DataError`: another run is at work on `folder`, something else is in it, or the disk refuses.
     """
     place = folder.resolve()
+    if not place.name:
+        raise DataError(f"{folder}: the output is the root of all folders. Use another output.")
     unfinished = place.with_name(f".{place.name}.unfinished")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 import xxhash
 
 from data_prep import files, output, vocabulary
-from data_prep.documents import Account, Document, Dropped, Source
+from data_prep.documents import Account, Document, Dropped, Source, nothing_left
 from data_prep.hub import hub
 from data_prep.progress import watched
 from data_prep.recipe import (
@@ -193,11 +193,7 @@ def _check_splits(
 ) -> None:
     kept = sum(account.kept.documents for account in accounts)
     if not kept:
-        dropped = [f"{a.documents} {why}" for account in accounts for why, a in account.dropped.items()]
-        raise DataError(
-            f"{recipe.name}: no document is left of {sum(account.read.documents for account in accounts)} "
-            f"({', '.join(dropped) or 'the sources are empty'}). Check the sources."
-        )
+        raise nothing_left(accounts)
     fraction = recipe.validation.fraction
     for split in _SPLITS:
         if facts[split] is None and (split == "train" or fraction > 0):

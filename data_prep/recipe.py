@@ -5,10 +5,10 @@ from typing import Annotated, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
-from moe.recipe import Section
+from moe.recipe import PathText, Section
 
 NonEmpty = Annotated[str, Field(min_length=1)]
-Patterns = Annotated[list[NonEmpty], Field(min_length=1)]
+Patterns = Annotated[list[PathText], Field(min_length=1)]
 
 
 class StdlibSource(Section):
@@ -74,9 +74,9 @@ class BpeTokenizer(Section):
     """A byte-level BPE trained on the documents themselves; every string survives encoding and decoding."""
 
     type: Literal["bpe"]
-    vocab_size: Annotated[int, Field(ge=259)]
+    vocab_size: Annotated[int, Field(ge=259, le=1_000_000)]
     """Tokens in all: 256 bytes, <|endoftext|>, <|pad|>, and at least one merge."""
-    min_frequency: PositiveInt = 2
+    min_frequency: Annotated[int, Field(ge=1, le=1_000_000_000)] = 2
     """How often a pair must occur to be merged."""
     sample_megabytes: PositiveInt = 32
     """Text to train on, in 10^6 bytes: an equal share from the beginning of each source."""
@@ -86,7 +86,7 @@ class ExistingTokenizer(Section):
     """A tokenizer made before."""
 
     type: Literal["file"]
-    path: NonEmpty
+    path: PathText
     """A tokenizer.json, or a Hugging Face folder that holds one."""
     eos_token: NonEmpty | None = None
     """Token that ends a document; null: what tokenizer_config.json says, or <|endoftext|>."""
@@ -113,7 +113,7 @@ class ValidationSplit(Section):
 class DataRecipe(Section):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
     """The data's name: letters, digits, dot, dash, underscore."""
-    output: NonEmpty | None = None
+    output: PathText | None = None
     """The data's folder; null: data/NAME."""
     sources: Annotated[list[Source], Field(min_length=1)]
     """Where text comes from, in this order."""

@@ -2,20 +2,21 @@
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from data_prep.documents import Document, Source
+from data_prep.documents import Account, Document, Source, nothing_left
 from data_prep.recipe import BpeTokenizer, ExistingTokenizer
 from moe.data.shards import FileStamp, TokenizerFacts
 from moe.errors import DataError
 
 END_OF_TEXT = "<|endoftext|>"
 PAD = "<|pad|>"
+_UNMERGED = 256 + len((END_OF_TEXT, PAD))
 
 _TOKENIZER = "tokenizer.json"
 _CONFIG = "tokenizer_config.json"
@@ -87,7 +88,7 @@ class Vocabulary:
 def train(config: BpeTokenizer, sources: Sequence[Source]) -> Vocabulary:
     """A byte-level BPE with GPT-2's split pattern; equal documents give equal merges.
 
-    Raises `DataError` if the sample has too few different pairs for the vocabulary.
+    Raises `DataError`: no text at all, or too few different pairs in the sample for the vocabulary.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -99,8 +100,20 @@ def train(config: BpeTokenizer, sources: Sequence[Source]) -> Vocabulary:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_sample(sources, config.sample_megabytes * 10**6), trainer=trainer)
+    accounts = {source.name: Account() for source in sources}
+    sample = _sample(sources, config.sample_megabytes * 10**6, accounts)
+    tokenizer.train_from_iterator(sample, trainer=trainer)
+    facts = [account.close(name, None) for name, account in accounts.items()]
+    documents = sum(fact.kept.documents for fact in facts)
+    if not documents:  # then the sample went through all there is
+        raise nothing_left(facts)
     size = tokenizer.get_vocab_size(with_added_tokens=True)
+    if size <= _UNMERGED:
+        raise DataError(
+            f"no two letters stand side by side {config.min_frequency} times or more (tokenizer.min_frequency) in "
+            f"the {sum(fact.kept.bytes for fact in facts)} bytes of text in {documents} documents: there is nothing "
+            f"to train a tokenizer on. Use more text, or a tokenizer made before (tokenizer.type=file)."
+        )
     if size < config.vocab_size:
         raise DataError(
             f"tokenizer.vocab_size is {config.vocab_size}, but the sample has pairs for {size} tokens only, seen "
@@ -145,11 +158,15 @@ def _plain(vocabulary: Vocabulary) -> Vocabulary:
     return vocabulary
 
 
-def _sample(sources: Sequence[Source], num_bytes: int) -> Iterator[str]:
+def _sample(sources: Sequence[Source], num_bytes: int, accounts: Mapping[str, Account]) -> Iterator[str]:
+    """An equal share of text from the beginning of each source; `accounts`, by its name, tell what was read."""
     for source in sources:
         left = num_bytes // len(sources)
+        account = accounts[source.name]
         for item in source.items():
+            account.reads(item)
             if isinstance(item, Document):
+                account.keeps(item)
                 yield item.text
                 left -= item.num_bytes
             if left <= 0:

@@ -75,13 +75,50 @@ class Ranks:
 
 
 def world_size_from_environment() -> int:
-    """The number of ranks that a launcher announced; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_NTASKS") or 1)
+    """The number of ranks that a launcher announced; 1 without a launcher.
+
+    Raises `LaunchError` if what was announced, the rank included, cannot be.
+    """
+    world_size = _announced("WORLD_SIZE", "SLURM_NTASKS", least=1, otherwise=1)
+    rank = _announced("RANK", "SLURM_PROCID", least=0, otherwise=0)
+    _announced("LOCAL_RANK", "SLURM_LOCALID", least=0, otherwise=0)
+    _announced("LOCAL_WORLD_SIZE", "SLURM_NTASKS_PER_NODE", least=1, otherwise=1)
+    if rank >= world_size:
+        raise LaunchError(
+            f"the environment says rank {rank}, but a world size of {world_size}: ranks count from 0 to "
+            f"{world_size - 1}. Export WORLD_SIZE with RANK, or unset both, or start through a launcher."
+        )
+    return world_size
 
 
 def rank_from_environment() -> int:
-    """This process's rank as the launcher announced it; 0 without a launcher."""
-    return int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID") or 0)
+    """This process's rank as the launcher announced it; 0 without a launcher.
+
+    Also 0 where `world_size_from_environment` raises: that process speaks to the user.
+    """
+    try:
+        world_size_from_environment()
+    except LaunchError:
+        return 0
+    return _announced("RANK", "SLURM_PROCID", least=0, otherwise=0)
+
+
+def _announced(*names: str, least: int, otherwise: int) -> int:
+    """The first variable that is set, as a number."""
+    name = next((name for name in names if os.environ.get(name)), None)
+    if name is None:
+        return otherwise
+    text = os.environ[name]
+    try:
+        number = int(text)
+    except ValueError:
+        number = least - 1
+    if not least <= number < 2**31:
+        raise LaunchError(
+            f"{name} is {text[:60]!r} in the environment: it must be a whole number, {least} or more. "
+            f"Correct or unset it, or start through a launcher."
+        )
+    return number
 
 
 @contextmanager

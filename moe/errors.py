@@ -23,6 +23,9 @@ EXIT_STOPPED = 75
 class TurnoutError(Exception):
     """A message for the user: what is wrong with which value, the rule, and the way out."""
 
+    local = False
+    """Whether this rank alone knows of it, so that it must speak although it is not the first."""
+
 
 class ConfigError(TurnoutError):
     """A recipe, an override or a layout that contradicts a rule."""
@@ -54,6 +57,6 @@ def clean_exit(*, speak: bool = True) -> Iterator[None]:
     try:
         yield
     except TurnoutError as error:
-        if speak:
+        if speak or error.local:
             sys.stderr.write(f"error: {error}\n")
         raise SystemExit(EXIT_USER_ERROR) from None

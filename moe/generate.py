@@ -7,7 +7,12 @@ import click
 
 from moe import log
 from moe.errors import CheckpointError, ConfigError, clean_exit
-from moe.hf.sample import Sampling, generate
+from moe.hf.sample import DEFAULT_NEW_TOKENS, Sampling, generate
+
+_TEMPERATURES = 1e-3, 1e3
+"""Beyond these, logits over temperature leave float32's range or its resolution: greedy, or a fair die."""
+
+_LAST_SEED = 2**63 - 1
 
 
 def open_model(source: Path) -> tuple[Any, Any]:
@@ -33,15 +38,19 @@ def open_model(source: Path) -> tuple[Any, Any]:
 @click.command("generate")
 @click.argument("source", metavar="RUN_OR_DIR", type=click.Path(path_type=Path))
 @click.option("--prompt", required=True, help="Text to continue; empty: a new document.")
-@click.option("--max-new-tokens", type=click.IntRange(min=1), default=64, show_default=True)
+@click.option(
+    "--max-new-tokens",
+    type=click.IntRange(min=1),
+    help=f"{DEFAULT_NEW_TOKENS} if not given, or what the model has positions for.",
+)
 @click.option("--temperature", type=float, help="Divides the logits; 0.8 if not given.")
 @click.option("--top-p", type=float, help="Share of the probability to draw from; 0.95 if not given.")
-@click.option("--seed", type=click.IntRange(min=0), help="Of the drawing; 0 if not given.")
+@click.option("--seed", type=click.IntRange(0, _LAST_SEED), help="Of the drawing; 0 if not given.")
 @click.option("--greedy", is_flag=True, help="Always take the likeliest token.")
 def command(
     source: Path,
     prompt: str,
-    max_new_tokens: int,
+    max_new_tokens: int | None,
     temperature: float | None,
     top_p: float | None,
     seed: int | None,
@@ -51,6 +60,7 @@ def command(
     log.setup()
     with clean_exit():
         sampling = choose_sampling(greedy=greedy, temperature=temperature, top_p=top_p, seed=seed)
+        _check_prompt(prompt)
         model, tokenizer = open_model(source)
         generate(model, tokenizer, prompt, max_new_tokens, sampling)
 
@@ -67,13 +77,22 @@ def choose_sampling(
             f"--{name.replace('_', '-')} is {value}, but --greedy draws nothing, so it has no effect. "
             f"Remove one of the two."
         )
-    if temperature is not None and not 0 < temperature < float("inf"):
+    coldest, hottest = _TEMPERATURES
+    if temperature is not None and not coldest <= temperature <= hottest:
         raise ConfigError(
-            f"--temperature is {temperature}: it must be above 0. Use --greedy for no randomness."
+            f"--temperature is {temperature}: it must lie between {coldest:g} and {hottest:g}. "
+            f"Use --greedy for no randomness."
         )
     if top_p is not None and not 0 < top_p <= 1:
         raise ConfigError(f"--top-p is {top_p}: it is a share of the probability, above 0 and at most 1.")
     return Sampling(greedy=greedy, **set_ones)  # type: ignore[arg-type]  # a mapping of mixed values
+
+
+def _check_prompt(prompt: str) -> None:
+    try:
+        prompt.encode()
+    except UnicodeEncodeError:  # how bytes on the command line that are no UTF-8 arrive
+        raise ConfigError(f"--prompt is {prompt!a:.60}: it must be text in UTF-8. Convert it.") from None
 
 
 if __name__ == "__main__":

@@ -7,10 +7,10 @@ from typing import Any, TypeVar
 
 import yaml
 
-from moe.config.base import Section, build
+from moe.config.base import PathText, Section, brief, build
 from moe.errors import ConfigError
 
-__all__ = ["Section", "dump", "load", "parse"]
+__all__ = ["PathText", "Section", "dump", "load", "parse"]
 
 S = TypeVar("S", bound=Section)
 
@@ -23,7 +23,7 @@ def load(cls: type[S], path: str | Path, overrides: Sequence[str] = ()) -> S:
     path = Path(path)
     try:
         text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+    except (OSError, ValueError) as error:
         reason = getattr(error, "strerror", None) or str(error)
         raise ConfigError(
             f"{path}: the recipe cannot be read ({reason}). Give the path of a YAML file."
@@ -37,7 +37,7 @@ def parse(cls: type[S], text: str, overrides: Sequence[str] = (), *, source: str
     if page is None:
         page = {}
     if not isinstance(page, dict):
-        raise ConfigError(f"{source}: a recipe is a page of `key: value` lines, but this is {page!r:.60}.")
+        raise ConfigError(f"{source}: a recipe is a page of `key: value` lines, but this is {brief(page)}.")
     for override in overrides:
         _set(page, override)
     return build(cls, page, source)
@@ -55,16 +55,17 @@ def _set(page: dict[str, Any], override: str) -> None:
     keys = path.split(".")
     if not equals or not all(keys):
         raise ConfigError(
-            f"override {override!r}: write key=value with the full path, for example train.steps=100."
+            f"override {brief(override)}: write key=value with the full path, for example train.steps=100."
         )
     here = page
     for depth, key in enumerate(keys[:-1]):
         here = here.setdefault(key, {}) if here.get(key) is not None else _fresh(here, key)
         if not isinstance(here, dict):
+            block = ".".join(keys[: depth + 1])[:100]
             raise ConfigError(
-                f"override {override!r}: {'.'.join(keys[: depth + 1])} is {here!r:.60} in the recipe, not a block."
+                f"override {brief(override)}: {block} is {brief(here)} in the recipe, not a block."
             )
-    here[keys[-1]] = _yaml(text, f"override {override!r}")
+    here[keys[-1]] = _yaml(text, f"override {brief(override)}")
 
 
 def _fresh(parent: dict[str, Any], key: str) -> dict[str, Any]:
@@ -84,6 +85,10 @@ def _yaml(text: str, source: str) -> Any:
         raise ConfigError(f"{source}: this is not YAML ({reason}). Mend it there.") from None
     except _PageError as error:
         raise ConfigError(f"{source}, line {error.line}: {error}") from None
+    except RecursionError:
+        raise ConfigError(
+            f"{source}: blocks or lists are nested too deep to be a recipe. Flatten it."
+        ) from None
 
 
 class _PageError(Exception):
@@ -95,7 +100,21 @@ class _PageError(Exception):
 
 
 class _RecipeLoader(yaml.SafeLoader):
-    """The safe loader, with YAML 1.2's floats (1e-3 is a number) and no key twice."""
+    """The safe loader, with YAML 1.2's floats (1e-3 is a number), no dates, no merges and no key twice."""
+
+    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        """As the base, but a scalar that is not what its tag says is refused with its place."""
+        try:
+            return super().construct_object(node, deep)
+        except (ValueError, LookupError, AttributeError, TypeError, OverflowError):
+            kind = _KINDS.get(node.tag.rpartition(":")[2], f"a {node.tag}")
+            raise _PageError(
+                f"{brief(node.value)} cannot be read as {kind}. Correct it, or quote it if it is a word.",
+                node.start_mark,
+            ) from None
+
+
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "timestamp": "a date"}
 
 
 class _RecipeDumper(yaml.SafeDumper):
@@ -105,17 +124,29 @@ class _RecipeDumper(yaml.SafeDumper):
 def _mapping(loader: _RecipeLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: set[str] = set()
     for key_node, _ in node.value:
+        if key_node.tag == _MERGE:
+            raise _PageError(
+                "merge keys (<<) are not supported: every setting stands in its own block. Write them out.",
+                key_node.start_mark,
+            )
         key = loader.construct_object(key_node, deep=True)
         if not isinstance(key, str):
-            raise _PageError(f"{key!r}: a setting's name must be a word. Quote it.", key_node.start_mark)
+            raise _PageError(f"{brief(key)}: a setting's name must be a word. Quote it.", key_node.start_mark)
         if key in seen:
-            raise _PageError(f"{key!r} stands twice in one block. Keep one of them.", key_node.start_mark)
+            raise _PageError(
+                f"{brief(key)} stands twice in one block. Keep one of them.", key_node.start_mark
+            )
         seen.add(key)
     return loader.construct_mapping(node, deep=True)
 
 
+_MERGE, _DATE = "tag:yaml.org,2002:merge", "tag:yaml.org,2002:timestamp"
 _RecipeLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _mapping)
 for _side in (_RecipeLoader, _RecipeDumper):
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float", re.compile(r"^[-+]?(\d+\.?\d*|\.\d+)[eE][-+]?\d+$"), list("-+.0123456789")
     )
+_RecipeLoader.yaml_implicit_resolvers = {  # a setting is never a date, but a name may look like one
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != _DATE]
+    for first, resolvers in _RecipeLoader.yaml_implicit_resolvers.items()
+}

@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
@@ -96,7 +96,7 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: "StopSignal"
         if state.step == 0:
             _evaluate(run, data, engine, tracker, state, meter)
         while state.step < run.train.steps and not ranks.any(stop.received):
-            result = engine.step(next(batches), state.step)
+            result = engine.step(_next(batches), state.step)
             state = state.after(result.num_tokens)
             meter.step(result, step=state.step, tokens=state.tokens)
             _evaluate(run, data, engine, tracker, state, meter)
@@ -107,6 +107,15 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: "StopSignal"
         if saved != state.step and state.step:
             save(engine, state, data.fingerprint)
     return _finish(run, ranks, state)
+
+
+def _next(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...]:
+    """The next step's batches; what is wrong with them is news of this rank alone."""
+    try:
+        return next(batches)
+    except TurnoutError as error:
+        error.local = True
+        raise
 
 
 class StopSignal:

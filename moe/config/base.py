@@ -1,10 +1,12 @@
 """The strict, frozen base of all sections, and plain data -> section with errors a person can act on."""
 
 import difflib
+import os
+import reprlib
 from collections.abc import Mapping
-from typing import Any, TypeVar, get_args
+from typing import Annotated, Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 from pydantic.fields import FieldInfo
 
 from moe.errors import ConfigError
@@ -20,6 +22,32 @@ class Section(BaseModel):
 
 S = TypeVar("S", bound=Section)
 
+LARGEST = 2**31 - 1
+LINES, WIDTH, COMPONENT, PATH = 20, 60, 255, 4095
+
+Size = Annotated[int, Field(gt=0, le=LARGEST)]
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+
+
+def _writable(path: str) -> str:
+    if not path.strip():
+        raise ValueError("it must not be empty: write a path")
+    if "\0" in path:
+        raise ValueError("it must be a path without zero bytes")
+    if path.startswith("~"):
+        raise ValueError("write the full path: the shell expands ~ only at the start of a word")
+    try:
+        encoded = os.fsencode(path)
+    except UnicodeEncodeError:
+        raise ValueError("it must be made of characters that a file name can hold") from None
+    if len(encoded) > PATH or max(map(len, encoded.split(b"/"))) > COMPONENT:
+        raise ValueError(f"it must have at most {COMPONENT} bytes between slashes, and {PATH} in all")
+    return path
+
+
+PathText = Annotated[str, AfterValidator(_writable)]
+"""The path of a file or folder, such as the system takes it."""
+
 
 def build(cls: type[S], data: Mapping[str, Any], source: str) -> S:
     """Build `cls` from plain data.
@@ -29,10 +57,51 @@ def build(cls: type[S], data: Mapping[str, Any], source: str) -> S:
     try:
         return cls.model_validate(data)
     except ValidationError as invalid:
-        lines = [_explain(cls, dict(fault)) for fault in invalid.errors(include_url=False)]
-        raise ConfigError(f"{source}: " + "\n       ".join(lines)) from None
+        refuse(_lines(cls, invalid), source)
+        raise AssertionError("an error without a fault") from None
     except ConfigError as contradiction:  # from the rules between sections, which do not know the source
         raise ConfigError(f"{source}: {contradiction}") from None
+
+
+def faults(cls: type[Section], data: Mapping[str, Any]) -> list[str]:
+    """What `build` would refuse, a line each."""
+    try:
+        cls.model_validate(data)
+    except ValidationError as invalid:
+        return _lines(cls, invalid)
+    return []
+
+
+def refuse(lines: list[str], source: str = "") -> None:
+    """Raise `ConfigError` if there are faults; of very many, the first."""
+    if len(lines) > LINES:
+        lines = [*lines[:LINES], f"... and {len(lines) - LINES} more like these."]
+    if lines:
+        raise ConfigError((f"{source}: " if source else "") + "\n       ".join(lines)) from None
+
+
+def brief(value: object) -> str:
+    """`repr` in about 60 characters, at once for a value of any size or depth."""
+    text = _brief.repr(value)
+    return text if len(text) <= WIDTH else f"{text[: WIDTH - 3]}..."
+
+
+class _Brief(reprlib.Repr):
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxlevel, self.maxdict, self.maxlist, self.maxtuple = 3, 6, 12, 12
+        self.maxstring = self.maxother = self.maxlong = WIDTH
+
+    def repr_int(self, x: int, level: int) -> str:
+        # Python refuses to write out a number of more than 4300 digits.
+        return super().repr_int(x, level) if x.bit_length() < 10_000 else f"a number of {x.bit_length()} bits"
+
+
+_brief = _Brief()
+
+
+def _lines(cls: type[Section], invalid: ValidationError) -> list[str]:
+    return [_explain(cls, dict(fault)) for fault in invalid.errors(include_url=False)]
 
 
 def _explain(cls: type[Section], fault: dict[str, Any]) -> str:
@@ -48,10 +117,10 @@ def _explain(cls: type[Section], fault: dict[str, Any]) -> str:
     value = fault["input"]
     if kind in ("model_type", "model_attributes_type"):
         keys = ", ".join(_known(_sections_at(cls, steps)))
-        return f"{path or 'the recipe'} is {value!r}: it must be a block of settings: {keys}."
+        return f"{path or 'the recipe'} is {brief(value)}: it must be a block of settings: {keys}."
     rule = fault["msg"].replace("Input should be", "it must be").replace("Value error, ", "")
     rule = rule[0].lower() + rule[1:]
-    return f"{path} is {value!r}: {rule}{meaning}. Change it in the recipe{_or_set(path)}."
+    return f"{path} is {brief(value)}: {rule}{meaning}. Change it in the recipe{_or_set(path)}."
 
 
 def _or_set(path: str) -> str:
@@ -62,7 +131,7 @@ def _or_set(path: str) -> str:
 def _shown(cls: type[BaseModel], steps: list[str]) -> list[str]:
     """The path as a person writes it: pydantic puts the tag of a union in between."""
     return [
-        step
+        step if len(step) <= WIDTH else f"{step[: WIDTH - 3]}..."
         for depth, step in enumerate(steps)
         if step.isdigit()
         or depth == len(steps) - 1

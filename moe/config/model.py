@@ -1,18 +1,18 @@
 """The shape of a decoder-only Transformer, dense or sparse."""
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveFloat
 
-from moe.config.base import Section
+from moe.config.base import Count, Section, Size
 
 
 class AttentionConfig(Section):
-    num_heads: PositiveInt
+    num_heads: Size
     """Query heads."""
-    num_kv_heads: PositiveInt | None = None
+    num_kv_heads: Size | None = None
     """Key and value heads, each shared by num_heads / num_kv_heads query heads; null: num_heads."""
-    head_dim: PositiveInt | None = None
+    head_dim: Size | None = None
     """Width of a head; null: hidden_size / num_heads."""
     qk_norm: bool = True
     """RMSNorm over each query and key head before the rotation (Qwen3)."""
@@ -23,11 +23,11 @@ class AttentionConfig(Section):
 
 
 class MoEConfig(Section):
-    num_experts: PositiveInt
+    num_experts: Annotated[int, Field(gt=0, le=65_536)]
     """Routed experts in a sparse layer."""
-    top_k: PositiveInt
+    top_k: Size
     """Experts that each token visits."""
-    expert_intermediate_size: PositiveInt
+    expert_intermediate_size: Size
     """Width of one expert's SwiGLU."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become scores: over all experts (arXiv:1701.06538), or each on its own (arXiv:2412.19437)."""
@@ -35,32 +35,32 @@ class MoEConfig(Section):
     """Divide the chosen scores by their sum; with softmax this equals a softmax after the choice (Mixtral)."""
     route_scale: PositiveFloat = 1.0
     """Factor on the routing weights (DeepSeek-V3: 2.5)."""
-    num_expert_groups: PositiveInt | None = None
+    num_expert_groups: Size | None = None
     """Blocks of experts of which a token may visit only top_k_groups (arXiv:2405.04434, section 2.2.2)."""
-    top_k_groups: PositiveInt | None = None
+    top_k_groups: Size | None = None
     """Groups that a token may visit."""
     group_score: Literal["max", "top2_sum"] = "top2_sum"
     """A group's score: its best expert (DeepSeek-V2), or the sum of its two best (DeepSeek-V3)."""
     selection_bias: bool = False
     """A bias per expert that steers the choice and never the weights (arXiv:2408.15664)."""
-    first_k_dense: NonNegativeInt = 0
+    first_k_dense: Count = 0
     """Layers at the bottom that keep a dense feed-forward block (DeepSeek-V2, arXiv:2405.04434)."""
-    shared_expert_intermediate_size: PositiveInt | None = None
+    shared_expert_intermediate_size: Size | None = None
     """Width of an expert that every token visits (arXiv:2401.06066); null: none."""
     shared_expert_gate: bool = False
     """Scale the shared expert's output by a learned sigmoid (Qwen2-MoE)."""
 
 
 class ModelConfig(Section):
-    vocab_size: PositiveInt
+    vocab_size: Size
     """Rows of the embedding; at least the tokenizer's vocabulary."""
-    hidden_size: PositiveInt
+    hidden_size: Size
     """Width of the residual stream."""
-    num_layers: PositiveInt
+    num_layers: Annotated[int, Field(gt=0, le=10_000)]
     """Decoder layers."""
-    intermediate_size: PositiveInt | None = None
+    intermediate_size: Size | None = None
     """Width of the SwiGLU in dense layers; needed when there are any."""
-    max_sequence_length: PositiveInt = 2048
+    max_sequence_length: Size = 2048
     """Positions the exported model declares; training sequences may not be longer."""
     norm_eps: PositiveFloat = 1e-6
     """Epsilon of every RMSNorm."""

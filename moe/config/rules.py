@@ -1,19 +1,18 @@
 """What sections must agree on: within a recipe, with the number of ranks, with the data."""
 
+import math
 from typing import Protocol
 
-from moe.config.model import ModelConfig, MoEConfig
+from moe.config.base import refuse
 from moe.config.run import BalanceConfig, RunConfig, ScheduleConfig
-from moe.errors import ConfigError
+from moe.config.shape import choice, divisors, shape_faults
 
 
 def check(run: RunConfig) -> None:
     """Raise `ConfigError` with every contradiction inside the recipe."""
-    _refuse(
+    refuse(
         [
-            *_attention(run.model),
-            *_layers(run.model),
-            *_experts(run.model),
+            *shape_faults(run.model),
             *_sequence(run),
             *_schedule(run),
             *_batch(run),
@@ -25,22 +24,42 @@ def check(run: RunConfig) -> None:
 
 def check_world(run: RunConfig, world_size: int) -> int:
     """Gradient accumulation steps on `world_size` ranks; raises `ConfigError` if the layout cannot be."""
-    ep, faults = run.parallel.expert_parallel_size, []
+    ep, moe = run.parallel.expert_parallel_size, run.model.moe
+    faults = []
     if world_size % ep:
+        fitting = divisors(math.gcd(world_size, moe.num_experts) if moe else 1)
         faults.append(
-            f"parallel.expert_parallel_size is {ep}, but there are {world_size} ranks: expert-parallel groups "
-            f"must fill them evenly. Use one of {_divisors(world_size)}, or another number of ranks."
+            f"parallel.expert_parallel_size is {ep}, but there {'is' if world_size == 1 else 'are'} "
+            f"{_ranks(world_size)}: expert-parallel groups must fill them evenly. "
+            f"Use {choice(fitting)}, or start a multiple of {ep} ranks."
         )
     train = run.train
     per_pass = train.micro_batch_size * world_size
     if train.global_batch_size % per_pass:
         faults.append(
-            f"train.global_batch_size is {train.global_batch_size}, but {world_size} ranks x "
+            f"train.global_batch_size is {train.global_batch_size}, but {_ranks(world_size)} x "
             f"train.micro_batch_size {train.micro_batch_size} = {per_pass} sequences a pass: the batch must be "
-            f"a multiple of it. Use a multiple of {per_pass}, or a smaller micro-batch."
+            f"a multiple of it. Use a multiple of {per_pass}, or {_instead(run, world_size)}."
         )
-    _refuse(faults)
+    refuse(faults)
     return train.global_batch_size // per_pass
+
+
+def _ranks(number: int) -> str:
+    return f"{number} rank{'' if number == 1 else 's'}"
+
+
+def _instead(run: RunConfig, world_size: int) -> str:
+    """What would fit the same batch: a smaller micro-batch, where ranks divide it at all, or other ranks."""
+    batch, micro, ep = (
+        run.train.global_batch_size,
+        run.train.micro_batch_size,
+        run.parallel.expert_parallel_size,
+    )
+    if batch % world_size == 0:
+        return f"a train.micro_batch_size of {choice(divisors(batch // world_size))}"
+    fitting = [ranks for ranks in divisors(batch // micro) if ranks % ep == 0]
+    return f"another number of ranks ({choice(fitting)})" if fitting else "another number of ranks"
 
 
 class DataFacts(Protocol):
@@ -72,104 +91,7 @@ def check_data(run: RunConfig, data: DataFacts) -> None:
             f"train.evaluate_every is {run.train.evaluate_every}, but {run.data.path} has no validation split. "
             f"Prepare it with validation.fraction above 0, or remove train.evaluate_every."
         )
-    _refuse(faults)
-
-
-def _attention(model: ModelConfig) -> list[str]:
-    attention, faults = model.attention, []
-    if attention.head_dim is None and model.hidden_size % attention.num_heads:
-        faults.append(
-            f"model.hidden_size is {model.hidden_size}, but model.attention.num_heads is {attention.num_heads}: "
-            f"without head_dim, heads must divide the width. Use one of {_divisors(model.hidden_size)} heads, "
-            f"or set model.attention.head_dim."
-        )
-    if attention.num_heads % model.num_kv_heads:
-        faults.append(
-            f"model.attention.num_kv_heads is {model.num_kv_heads}, but num_heads is {attention.num_heads}: "
-            f"each key head must serve as many query heads. Use one of {_divisors(attention.num_heads)}."
-        )
-    if model.head_dim % 2:
-        faults.append(
-            f"model.attention.head_dim is {model.head_dim}: rotary embedding turns pairs, so it must be even. "
-            f"Use {model.head_dim + 1}, or another width."
-        )
-    return faults
-
-
-def _layers(model: ModelConfig) -> list[str]:
-    dense = model.num_layers - len(model.sparse_layers)
-    if dense and model.intermediate_size is None:
-        return [
-            f"model.intermediate_size is not set, but {dense} of {model.num_layers} layers are dense: they need "
-            f"a width. Set model.intermediate_size, or make every layer sparse (model.moe, first_k_dense=0)."
-        ]
-    if not dense and model.intermediate_size is not None:
-        return [
-            f"model.intermediate_size is {model.intermediate_size}, but every layer is sparse, so it has no "
-            f"effect. Remove it, or set model.moe.first_k_dense."
-        ]
-    return []
-
-
-def _experts(model: ModelConfig) -> list[str]:
-    moe, faults = model.moe, []
-    if moe is None:
-        return []
-    if moe.top_k > moe.num_experts:
-        faults.append(
-            f"model.moe.top_k is {moe.top_k}, but model.moe.num_experts is {moe.num_experts}: a token visits "
-            f"each expert once at most. Use a top_k of 1 to {moe.num_experts}."
-        )
-    if moe.normalize_top_k and moe.top_k == 1:
-        faults.append(
-            "model.moe.normalize_top_k is true, but model.moe.top_k is 1: the weight would always be 1 and the "
-            "router would get no gradient. Set model.moe.normalize_top_k=false, or a top_k of 2 or more."
-        )
-    if moe.first_k_dense >= model.num_layers:
-        faults.append(
-            f"model.moe.first_k_dense is {moe.first_k_dense}, but model.num_layers is {model.num_layers}: no "
-            f"layer would be sparse. Use {model.num_layers - 1} or less, or remove model.moe."
-        )
-    faults += _groups(moe)
-    if moe.shared_expert_gate and moe.shared_expert_intermediate_size is None:
-        faults.append(
-            "model.moe.shared_expert_gate is true, but there is no shared expert, so it has no effect. Set "
-            "model.moe.shared_expert_intermediate_size, or remove the gate."
-        )
-    return faults
-
-
-def _groups(moe: MoEConfig) -> list[str]:
-    groups, chosen = moe.num_expert_groups, moe.top_k_groups
-    if (groups is None) != (chosen is None):
-        return [
-            f"model.moe.num_expert_groups is {groups} and model.moe.top_k_groups is {chosen}: group-limited choice "
-            f"needs both. Set both, or neither."
-        ]
-    if groups is None or chosen is None:
-        if moe.group_score != MoEConfig.model_fields["group_score"].default:
-            return [
-                f"model.moe.group_score is {moe.group_score}, but there are no groups, so it has no effect. "
-                f"Remove it, or set model.moe.num_expert_groups."
-            ]
-        return []
-    if moe.num_experts % groups:
-        return [
-            f"model.moe.num_expert_groups is {groups}, but model.moe.num_experts is {moe.num_experts}: groups must "
-            f"be of equal size. Use one of {_divisors(moe.num_experts)}."
-        ]
-    size = moe.num_experts // groups
-    if chosen > groups or chosen * size < moe.top_k:
-        return [
-            f"model.moe.top_k_groups is {chosen}: of {groups} groups of {size} experts, a token must be allowed "
-            f"enough for its top_k of {moe.top_k}. Use {-(-moe.top_k // size)} to {groups}."
-        ]
-    if moe.group_score == "top2_sum" and size < 2:
-        return [
-            f"model.moe.group_score is top2_sum, but a group has {size} expert: there are no two to add. "
-            f"Use group_score max, or fewer groups."
-        ]
-    return []
+    refuse(faults)
 
 
 def _sequence(run: RunConfig) -> list[str]:
@@ -213,7 +135,7 @@ def _batch(run: RunConfig) -> list[str]:
         return [
             f"train.global_batch_size is {train.global_batch_size}, but train.micro_batch_size is "
             f"{train.micro_batch_size}: the batch must be made of whole micro-batches. "
-            f"Use one of {_divisors(train.global_batch_size)}."
+            f"Use {choice(divisors(train.global_batch_size))}."
         ]
     return []
 
@@ -228,7 +150,7 @@ def _parallel(run: RunConfig) -> list[str]:
     if moe is not None and moe.num_experts % ep:
         faults.append(
             f"parallel.expert_parallel_size is {ep}, but model.moe.num_experts is {moe.num_experts}: every rank "
-            f"must hold the same number of experts. Use one of {_divisors(moe.num_experts)}."
+            f"must hold the same number of experts. Use {choice(divisors(moe.num_experts))}."
         )
     if parallel.zero_stage == 0 and run.train.precision == "bf16":
         faults.append(
@@ -253,6 +175,12 @@ def _balance(run: RunConfig) -> list[str]:
             f"balance.bias_update_rate is {balance.bias_update_rate}, but model.moe.selection_bias is false: there "
             f"is no bias to move. Set model.moe.selection_bias=true, or balance.bias_update_rate=0."
         )
+    if moe.selection_bias and not balance.bias_update_rate:
+        faults.append(
+            "model.moe.selection_bias is true, but balance.bias_update_rate is 0: the bias starts at zero and "
+            "nothing would move it, so it has no effect. Set balance.bias_update_rate (such as 0.001), "
+            "or remove model.moe.selection_bias."
+        )
     if not balance.bias_update_rate and balance.bias_update != default.bias_update:
         faults.append(
             f"balance.bias_update is {balance.bias_update}, but bias_update_rate is 0, so it has no effect. "
@@ -264,13 +192,3 @@ def _balance(run: RunConfig) -> list[str]:
             f"Remove it, or set balance.capacity_factor."
         )
     return faults
-
-
-def _refuse(faults: list[str]) -> None:
-    if faults:
-        raise ConfigError("\n       ".join(faults))
-
-
-def _divisors(number: int) -> str:
-    found = [n for n in range(1, number + 1) if number % n == 0]
-    return ", ".join(map(str, found if len(found) <= 16 else [*found[:8], "...", *found[-4:]]))

@@ -3,18 +3,28 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
-from moe.config.base import Section
+from moe.config.base import Count, PathText, Section, Size
 from moe.config.model import Fraction, ModelConfig, Precision
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 
+def _whole(value: Any) -> Any:
+    """Literal compares equal: it takes 1.0 and true for 1."""
+    if isinstance(value, bool | float):
+        raise ValueError("it must be 0, 1 or 2, without a fraction")
+    return value
+
+
+ZeroStage = Annotated[Literal[0, 1, 2], BeforeValidator(_whole)]
+
+
 class DataConfig(Section):
-    path: str
+    path: PathText
     """Folder made by `turnout prepare`: shards, manifest, tokenizer."""
-    sequence_length: PositiveInt
+    sequence_length: Size
     """Tokens in a training sequence."""
     verify_hashes: bool = True
     """Hash every shard against the manifest before training starts."""
@@ -38,37 +48,37 @@ class OptimizerConfig(Section):
 class ScheduleConfig(Section):
     kind: Literal["cosine", "wsd", "constant"] = "cosine"
     """After the warm-up: a cosine, a plateau with a linear decay at the end, or a plateau."""
-    warmup_steps: NonNegativeInt = 0
+    warmup_steps: Count = 0
     """Steps of linear warm-up from zero."""
-    decay_steps: PositiveInt | None = None
+    decay_steps: Size | None = None
     """Steps of the final linear decay; wsd only."""
     final_fraction: Annotated[float, Fraction] = 0.1
     """Learning rate at the last step, as a share of the peak; cosine and wsd."""
 
 
 class TrainConfig(Section):
-    steps: PositiveInt
+    steps: Size
     """Optimizer steps in the run."""
-    global_batch_size: PositiveInt
+    global_batch_size: Size
     """Sequences per optimizer step over all ranks; the same for every layout."""
-    micro_batch_size: PositiveInt
+    micro_batch_size: Size
     """Sequences per forward pass on one rank; the rest of the batch is accumulated."""
     precision: Precision = "bf16"
     """bf16 keeps float32 master weights; fp32 computes in float32."""
     activation_recomputation: Literal["none", "block"] = "none"
     """block: keep only the inputs of each decoder layer and recompute the rest in backward."""
-    evaluate_every: PositiveInt | None = None
+    evaluate_every: Size | None = None
     """Steps between evaluations on the validation split; null: none during training."""
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
 
 
 class ParallelConfig(Section):
-    expert_parallel_size: PositiveInt = 1
+    expert_parallel_size: Size = 1
     """Ranks that share the experts of a layer; consecutive ranks form a group."""
-    zero_stage: Literal[0, 1, 2] = 1
+    zero_stage: ZeroStage = 1
     """What DeepSpeed ZeRO partitions: nothing, optimizer states, gradients too (arXiv:1910.02054)."""
-    timeout_minutes: PositiveFloat = 10.0
+    timeout_minutes: Annotated[float, Field(ge=0.1, le=10_080)] = 10.0
     """How long a collective may wait before the run fails."""
 
 
@@ -87,21 +97,21 @@ class BalanceConfig(Section):
     """How far an expert's selection bias moves against its load at each step (arXiv:2408.15664, alg. 1)."""
     bias_update: Literal["sign", "proportional"] = "sign"
     """Move by the rate, or by the rate times the relative violation."""
-    capacity_factor: PositiveFloat | None = None
+    capacity_factor: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
     """Rows an expert accepts from a rank's micro-batch, over the mean; what is beyond is dropped. Null: no limit."""
     drop_by: Literal["score", "position"] = "score"
     """Which rows an over-full expert drops: the lowest weights, or the last tokens."""
 
 
 class CheckpointConfig(Section):
-    every_steps: PositiveInt | None = None
+    every_steps: Size | None = None
     """Steps between checkpoints; null: only at the end and when stopped."""
-    keep: PositiveInt | None = None
+    keep: Size | None = None
     """Newest checkpoints to keep; null: all."""
 
 
 class LoggingConfig(Section):
-    every_steps: PositiveInt = 1
+    every_steps: Size = 1
     """Steps between records in metrics.jsonl and on the screen."""
     tensorboard: bool = False
     """Write TensorBoard events to logs/tensorboard too."""
@@ -110,11 +120,11 @@ class LoggingConfig(Section):
 
 
 class RunConfig(Section):
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=255)]
     """The run's name: letters, digits, dot, dash, underscore."""
-    run_dir: str | None = None
+    run_dir: PathText | None = None
     """The run's folder; null: runs/NAME."""
-    seed: NonNegativeInt = 0
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initialisation and data order."""
     model: ModelConfig
     data: DataConfig
@@ -124,12 +134,12 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     deepspeed: dict[str, Any] = Field(default_factory=dict)
-    """Further DeepSpeed settings, passed through as they are after a check of their names."""
+    """Further DeepSpeed settings, passed through as they are after a check of names and values."""
 
     @property
     def folder(self) -> Path:
         """Where the run lives."""
-        return Path(self.run_dir or f"runs/{self.name}")
+        return Path(f"runs/{self.name}" if self.run_dir is None else self.run_dir)
 
     @model_validator(mode="after")
     def _sections_agree(self) -> "RunConfig":

@@ -2,10 +2,10 @@
 
 import json
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Annotated, Any, Final, Literal
 
 import xxhash
-from pydantic import NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from moe.errors import DataError
 from moe.recipe import Section
@@ -18,6 +18,15 @@ Split = Literal["train", "validation"]
 TokenType = Literal["uint16", "int32"]
 
 _BLOCK = 1 << 22
+
+
+def _stays_in_its_folder(name: str) -> str:
+    if name in ("", ".", "..") or not {"/", "\\", "\0"}.isdisjoint(name):
+        raise ValueError(f"{name!r} is no plain file name, and a data folder lists its own files only")
+    return name
+
+
+FileName = Annotated[str, AfterValidator(_stays_in_its_folder)]
 
 
 class FileStamp(Section):
@@ -47,7 +56,7 @@ class Amount(Section):
 class ShardFacts(Section):
     """One `.bin`/`.idx` pair."""
 
-    name: str
+    name: FileName
     documents: NonNegativeInt
     tokens: NonNegativeInt
     bin: FileStamp
@@ -80,7 +89,14 @@ class TokenizerFacts(Section):
     """One more than the highest id."""
     eos_id: NonNegativeInt
     pad_id: NonNegativeInt
-    files: dict[str, FileStamp]
+    files: dict[FileName, FileStamp]
+
+    @model_validator(mode="after")
+    def _special_tokens_are_tokens(self) -> "TokenizerFacts":
+        for name, token in (("eos_id", self.eos_id), ("pad_id", self.pad_id)):
+            if token >= self.vocab_size:
+                raise ValueError(f"{name} is {token}, but ids must be below vocab_size, {self.vocab_size}")
+        return self
 
 
 class SourceFacts(Section):
@@ -109,7 +125,8 @@ class Manifest(Section):
     @property
     def fingerprint(self) -> str:
         """Hash of the tokenizer and of all shards in order: equal fingerprints, equal tokens."""
-        tokenizer = sorted((name, stamp.xxh3_128) for name, stamp in self.tokenizer.files.items())
+        files = sorted((name, stamp.xxh3_128) for name, stamp in self.tokenizer.files.items())
+        tokenizer = [files, self.tokenizer.vocab_size, self.tokenizer.eos_id, self.tokenizer.pad_id]
         shards = [
             (split, shard.bin.xxh3_128, shard.idx.xxh3_128)
             for split, facts in sorted(self.splits.items())
@@ -149,7 +166,7 @@ class Manifest(Section):
             fault = invalid.errors(include_url=False)[0]
             where = ".".join(map(str, fault["loc"])) or "the page"
             raise DataError(
-                f"{path}: {where}: {fault['msg']}. The manifest was changed or damaged: "
+                f"{path}: {where}: {fault['msg'].removeprefix('Value error, ')}. The manifest was changed or damaged: "
                 f"run `turnout prepare` again, or copy the folder again."
             ) from None
 

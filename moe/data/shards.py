@@ -116,8 +116,8 @@ class TokenData:
     def tokens(self, split: str, start: int, stop: int) -> Tokens:
         """Ids `[stop - start]`, uint16 or int32, of the split's documents end to end, across shards.
 
-        Read-only memory of the file where one shard holds them all, else a copy.
-        Raises `IndexError` unless 0 <= start <= stop <= num_tokens(split).
+        Read-only memory of the file where one shard holds them all, else a copy. Raises `IndexError` unless
+        0 <= start <= stop <= num_tokens(split), and `DataError` for an id that the vocabulary does not have.
         """
         if not 0 <= start <= stop <= self.num_tokens(split):
             raise IndexError(
@@ -133,7 +133,21 @@ class TokenData:
                 break
         if not parts:
             return np.empty(0, dtype=self.manifest.dtype)
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+        ids_N = parts[0] if len(parts) == 1 else np.concatenate(parts)
+        self._check_ids(split, start, ids_N)
+        return ids_N
+
+    def _check_ids(self, split: str, start: int, ids_N: Tokens) -> None:
+        # Bytes whose hash nobody checked, or an edited manifest, would end as an index error deep in the model.
+        # Seen as unsigned, a negative id is a large one.
+        unsigned_N = ids_N.view(ids_N.dtype.str.replace("i", "u"))
+        if len(ids_N) and unsigned_N.max() >= self.vocab_size:
+            at = int((unsigned_N >= self.vocab_size).argmax())
+            raise DataError(
+                f"{self.folder}: token {start + at} of the {split} split has id {int(ids_N[at])}, but the manifest's "
+                f"vocabulary has {self.vocab_size} tokens, from 0 on. The shards or the manifest were changed or "
+                f"damaged: prepare the data again, or copy it again."
+            )
 
     def _facts(self, split: str) -> SplitFacts | None:
         return next((facts for name, facts in self.manifest.splits.items() if name == split), None)

@@ -1,44 +1,59 @@
 """A recipe -> DeepSpeed's configuration; the only file that knows DeepSpeed's keys."""
 
 import difflib
-from typing import Any
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
 
-from moe.config import RunConfig
-from moe.errors import ConfigError
+from pydantic import BeforeValidator, Field
 
-PASSED_THROUGH: dict[str, frozenset[str] | None] = {
-    "zero_optimization": frozenset(
-        {
-            "contiguous_gradients",
-            "reduce_scatter",
-            "reduce_bucket_size",
-            "use_multi_rank_bucket_allreduce",
-            "allgather_partitions",
-            "allgather_bucket_size",
-            "overlap_comm",
-            "round_robin_gradients",
-            "ignore_unused_parameters",
-        }
-    ),
-    "communication_data_type": None,
-    "prescale_gradients": None,
-    "gradient_predivide_factor": None,
-    "wall_clock_breakdown": None,
-    "memory_breakdown": None,
-    "comms_logger": frozenset({"enabled", "verbose", "prof_all", "debug", "prof_ops"}),
-    "flops_profiler": frozenset(
-        {
-            "enabled",
-            "recompute_fwd_factor",
-            "profile_step",
-            "module_depth",
-            "top_modules",
-            "detailed",
-            "output_file",
-        }
-    ),
+from moe.config import RunConfig, Section
+from moe.config.base import LARGEST, faults, refuse
+
+
+def _integral(value: Any) -> Any:
+    """DeepSpeed's pages write 5e8, which is a float."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Bucket = Annotated[int, BeforeValidator(_integral), Field(gt=0, le=LARGEST)]
+
+
+class ZeroSection(Section):
+    reduce_bucket_size: Bucket = 500_000_000
+    use_multi_rank_bucket_allreduce: bool = True
+    allgather_partitions: bool = True
+    allgather_bucket_size: Annotated[Bucket, Field(multiple_of=2)] = 500_000_000
+    """Its buckets are aligned to pairs."""
+    overlap_comm: bool = False
+    round_robin_gradients: bool = False
+    ignore_unused_parameters: bool = True
+
+
+class CommsLoggerSection(Section):
+    enabled: bool = False
+    verbose: bool = False
+    prof_all: bool = True
+    debug: bool = False
+    prof_ops: list[str] = Field(default_factory=list)
+
+
+class DeepSpeedSection(Section):
+    """What a recipe's `deepspeed:` block may set; only what is set there is passed on."""
+
+    zero_optimization: ZeroSection = ZeroSection()
+    communication_data_type: Literal["fp32", "bf16", "fp16"] = "fp32"
+    memory_breakdown: bool = False
+    comms_logger: CommsLoggerSection = CommsLoggerSection()
+
+
+class _Page(Section):
+    deepspeed: DeepSpeedSection
+
+
+BLOCKS: dict[str, type[Section]] = {
+    "zero_optimization": ZeroSection,
+    "comms_logger": CommsLoggerSection,
 }
-"""What a recipe's `deepspeed:` section may set: key -> its keys, or None for a single value."""
 
 OURS = {
     "train_batch_size": "train.global_batch_size",
@@ -52,6 +67,16 @@ OURS = {
     "tensorboard": "logging.tensorboard",
 }
 """DeepSpeed's keys that follow from our settings."""
+
+FIXED = {
+    "zero_optimization.reduce_scatter": "DeepSpeed needs it true for experts, and it is",
+    "zero_optimization.contiguous_gradients": "DeepSpeed needs it true for experts, and it is",
+    "prescale_gradients": "our losses are scaled to the global batch already",
+    "gradient_predivide_factor": "our losses are scaled to the global batch already",
+    "wall_clock_breakdown": "DeepSpeed's timers do not start with a model that returns a dataclass",
+    "flops_profiler": "DeepSpeed's timers do not start with a model that returns a dataclass",
+}
+"""DeepSpeed's keys that would break the training, or crash it at the first step (seen with 0.19.8)."""
 
 
 def make(run: RunConfig, accumulation: int) -> dict[str, Any]:
@@ -74,25 +99,32 @@ def make(run: RunConfig, accumulation: int) -> dict[str, Any]:
 
 
 def check(section: dict[str, Any]) -> None:
-    """Raise `ConfigError` for keys that DeepSpeed would ignore in silence or that contradict our settings."""
-    faults = []
+    """Raise `ConfigError` for keys that DeepSpeed would ignore in silence or that contradict our settings.
+
+    And for values that it would stumble over later.
+    """
+    known: dict[str, Any] = {}
+    strange: list[str] = []
     for key, value in section.items():
-        inner = PASSED_THROUGH.get(key)
-        if key not in PASSED_THROUGH:
-            faults.append(_unknown(key, PASSED_THROUGH))
-        elif inner is not None and not isinstance(value, dict):
-            faults.append(f"deepspeed.{key} is {value!r}: it must be a block of {', '.join(sorted(inner))}.")
-        elif inner is None and isinstance(value, dict):
-            faults.append(f"deepspeed.{key} is a block: it must be a single value.")
-        elif inner is not None:
-            faults += [_unknown(f"{key}.{k}", {f"{key}.{i}" for i in inner}) for k in value if k not in inner]
-    if faults:
-        raise ConfigError("\n       ".join(faults))
+        if key not in DeepSpeedSection.model_fields:
+            strange.append(_unknown(key, DeepSpeedSection.model_fields))
+        elif key in BLOCKS and isinstance(value, dict):
+            inner = BLOCKS[key].model_fields
+            strange += [
+                _unknown(f"{key}.{k}", [f"{key}.{i}" for i in inner]) for k in value if k not in inner
+            ]
+            known[key] = {k: v for k, v in value.items() if k in inner}
+        else:
+            known[key] = value
+    refuse(strange + faults(_Page, {"deepspeed": known}))
 
 
-def _unknown(key: str, known: Any) -> str:
+def _unknown(key: str, known: Iterable[str]) -> str:
     if key in OURS:
         return f"deepspeed.{key} follows from {OURS[key]}: set that, and remove it here."
+    if key in FIXED:
+        return f"deepspeed.{key} cannot be set: {FIXED[key]}. Remove it."
     close = difflib.get_close_matches(key, known, n=1)
     hint = f"did you mean deepspeed.{close[0]}?" if close else f"here are {', '.join(sorted(known))}."
-    return f"deepspeed.{key}: DeepSpeed would ignore it, or it is not passed through; {hint}"
+    name = key if len(key) <= 100 else f"{key[:97]}..."
+    return f"deepspeed.{name}: DeepSpeed would ignore it, or it is not passed through; {hint}"

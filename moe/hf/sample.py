@@ -5,6 +5,8 @@ from typing import Any
 
 from moe.errors import ConfigError
 
+DEFAULT_NEW_TOKENS = 64
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -18,23 +20,20 @@ class Sampling:
     seed: int = 0
 
 
-def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, sampling: Sampling) -> str:
+def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int | None, sampling: Sampling) -> str:
     """Continue `prompt`, write it and what follows to stdout as it is made, and return the new text.
 
-    An empty prompt starts a document. Raises `ConfigError`: prompt and new tokens exceed the model's positions,
-    or an empty prompt with a tokenizer that has no token to start from.
+    An empty prompt starts a document. `max_new_tokens` None: `DEFAULT_NEW_TOKENS`, or what fits.
+    Raises `ConfigError`: prompt and new tokens exceed the model's positions, or an empty prompt with a tokenizer
+    that has no token to start from.
     """
     import torch
     import transformers
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     input_ids_1S = _encode(tokenizer, prompt).to(device)
-    given, longest = input_ids_1S.shape[1], model.config.max_position_embeddings
-    if given + max_new_tokens > longest:
-        raise ConfigError(
-            f"the prompt has {given} tokens and --max-new-tokens is {max_new_tokens}, but the model has "
-            f"{longest} positions. Use --max-new-tokens {max(longest - given, 1)} or less, or a shorter prompt."
-        )
+    given = input_ids_1S.shape[1]
+    max_new_tokens = _check_room(given, max_new_tokens, model.config.max_position_embeddings)
     choice: dict[str, Any] = {"do_sample": False, "temperature": None, "top_p": None, "top_k": None}
     if not sampling.greedy:
         # top_k: stock generation cuts at 50 tokens unless told not to.
@@ -54,6 +53,26 @@ def generate(model: Any, tokenizer: Any, prompt: str, max_new_tokens: int, sampl
         )
     text: str = tokenizer.decode(output_1S[0, given:], skip_special_tokens=True)
     return text
+
+
+def _check_room(given: int, wanted: int | None, longest: int) -> int:
+    """How many tokens to make after `given` ones in `longest` positions."""
+    if longest < 2:
+        raise ConfigError(
+            f"the model has {longest} position: it cannot hold a prompt and a new token. Use another model."
+        )
+    room = longest - given
+    if room < 1:
+        raise ConfigError(
+            f"the prompt has {given} tokens, but the model has {longest} positions, and a new token needs one. "
+            f"Cut the prompt to at most {longest - 1} tokens."
+        )
+    if wanted is not None and wanted > room:
+        raise ConfigError(
+            f"the prompt has {given} tokens and --max-new-tokens is {wanted}, but the model has "
+            f"{longest} positions. Use --max-new-tokens {room} or less, or a shorter prompt."
+        )
+    return min(DEFAULT_NEW_TOKENS, room) if wanted is None else wanted
 
 
 def _encode(tokenizer: Any, prompt: str) -> Any:

@@ -6,7 +6,7 @@ import click
 
 from moe import log
 from moe.config import RunConfig
-from moe.errors import CheckpointError, clean_exit
+from moe.errors import CheckpointError, ConfigError, clean_exit
 from moe.recipe import load
 
 
@@ -19,6 +19,11 @@ def command(run: Path, png: Path | None) -> None:
     with clean_exit():
         from moe.report.plot import plot_run
 
+        if png is not None and png.suffix.lower() != ".png":
+            raise ConfigError(
+                f"--png is {png}, but a PNG picture is written: its name must end with .png, "
+                f"for example {png.with_suffix('.png') if png.name else 'report.png'}."
+            )
         if not run.is_dir():
             raise CheckpointError(f"{run} is no folder: give the folder of a run, for example runs/NAME.")
         target = png or run / "report.png"

@@ -1,5 +1,7 @@
 """A run's records -> a PNG: loss, load of every expert, worst overload."""
 
+import os
+from contextlib import suppress
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,12 +48,20 @@ def plot_run(metrics_path: Path, png_path: Path, title: str | None = None) -> No
             fontsize=13,
             fontweight="bold",
         )
-        try:
-            figure.savefig(png_path, format="png")
-        except OSError as error:
-            raise CheckpointError(
-                f"{png_path} cannot be written ({error.strerror}). Choose another --png."
-            ) from None
+        _save(figure, png_path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    """Whole or not at all."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        figure.savefig(temporary, format="png")
+        temporary.replace(path)
+    except OSError as error:
+        raise CheckpointError(f"{path} cannot be written ({error.strerror}). Choose another --png.") from None
+    finally:
+        with suppress(OSError):  # a path through a file, or a folder without permission
+            temporary.unlink(missing_ok=True)
 
 
 _STYLE: dict[str, Any] = {

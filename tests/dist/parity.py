@@ -57,7 +57,11 @@ BALANCES: dict[str, dict[str, Any]] = {
     "sequence": {},
     "global batch": {"sequence_loss_weight": 0.0, "global_batch_loss_weight": 0.01},
     "loss-free, sign": {"sequence_loss_weight": 0.0, "bias_update_rate": 0.02},
-    "all at once": {"global_batch_loss_weight": 0.02, "bias_update_rate": 0.02, "bias_update": "proportional"},
+    "all at once": {
+        "global_batch_loss_weight": 0.02,
+        "bias_update_rate": 0.02,
+        "bias_update": "proportional",
+    },
 }
 
 
@@ -103,7 +107,8 @@ def matrix() -> list[Layout]:
     ]
     layouts += [Layout(w, ep, 1, 2, recompute="block") for w, ep in ((1, 1), (2, 2), (4, 4))]
     layouts += [
-        Layout(w, ep, z, a, balance="global batch") for w, ep, z, a in ((2, 2, 1, 1), (2, 1, 2, 2), (4, 2, 0, 2))
+        Layout(w, ep, z, a, balance="global batch")
+        for w, ep, z, a in ((2, 2, 1, 1), (2, 1, 2, 2), (4, 2, 0, 2))
     ]
     deepseek = "DeepSeek-V3's choice"
     layouts += [

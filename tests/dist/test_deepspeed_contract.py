@@ -86,9 +86,43 @@ def test_deepspeed_still_links_moments_too_early(tmp_path: Path) -> None:
     run_ranks(_moments_of_later_groups_are_not_linked, 2, tmp_path)
 
 
+BAD_VALUES: list[tuple[str, object]] = [
+    ("zero_optimization.reduce_bucket_size", "abc"),
+    ("zero_optimization.reduce_bucket_size", -5),
+    ("zero_optimization.reduce_bucket_size", 0),
+    ("zero_optimization.reduce_bucket_size", 1.5),
+    ("zero_optimization.reduce_bucket_size", True),
+    ("zero_optimization.reduce_bucket_size", 10**20),
+    ("zero_optimization.allgather_bucket_size", 5),
+    ("zero_optimization.overlap_comm", None),
+    ("communication_data_type", "foo"),
+    ("communication_data_type", 16),
+    ("memory_breakdown", "yes"),
+    ("zero_optimization.round_robin_gradients", [1]),
+    ("comms_logger.enabled", 3),
+    ("comms_logger.prof_ops", "all_reduce"),
+]
+
+
+def _nested(path: str, value: object) -> dict[str, object]:
+    outer, _, inner = path.partition(".")
+    return {outer: {inner: value}} if inner else {outer: value}
+
+
 @pytest.mark.parametrize(
     ("section", "words"),
     [
+        *((_nested(path, value), f"deepspeed.{path} is .*: it must be") for path, value in BAD_VALUES),
+        (
+            {"zero_optimization": {"reduce_scatter": False}},
+            "reduce_scatter cannot be set: DeepSpeed needs it",
+        ),
+        ({"zero_optimization": {"contiguous_gradients": [1]}}, "contiguous_gradients cannot be set"),
+        ({"wall_clock_breakdown": True}, "wall_clock_breakdown cannot be set"),
+        ({"flops_profiler": {"enabled": "maybe"}}, "flops_profiler cannot be set"),
+        ({"prescale_gradients": True}, "prescale_gradients cannot be set"),
+        ({"gradient_predivide_factor": 2.0}, "gradient_predivide_factor cannot be set"),
+        ({"zero_optimization": {"stage": 1}, "comms_logger": {"enabled": 3}}, "(?s)zero_stage.*enabled is 3"),
         ({"gradient_cliping": 1.0}, "gradient_cliping: DeepSpeed would ignore it"),
         ({"gradient_clipping": 1.0}, "follows from train.optimizer.gradient_clipping"),
         (
@@ -97,7 +131,7 @@ def test_deepspeed_still_links_moments_too_early(tmp_path: Path) -> None:
         ),
         ({"zero_optimization": {"stage": 1}}, "follows from parallel.zero_stage"),
         ({"zero_optimization": 1}, "must be a block"),
-        ({"wall_clock_breakdown": {"on": True}}, "must be a single value"),
+        ({"memory_breakdown": {"on": True}}, "must be a valid boolean"),
     ],
 )
 def test_raw_keys_are_checked(section: dict[str, object], words: str) -> None:
@@ -106,15 +140,19 @@ def test_raw_keys_are_checked(section: dict[str, object], words: str) -> None:
 
 
 def test_raw_keys_reach_deepspeed() -> None:
-    run = tiny(deepspeed={"zero_optimization": {"overlap_comm": False}, "wall_clock_breakdown": True})
+    run = tiny(deepspeed={"zero_optimization": {"overlap_comm": False}, "memory_breakdown": True})
     made = ds_config.make(run, 4)
     assert made["zero_optimization"] == {"stage": 1, "overlap_comm": False}
-    assert made["wall_clock_breakdown"] is True
+    assert made["memory_breakdown"] is True
+
+
+def test_bucket_sizes_may_be_written_as_deepspeed_s_pages_do() -> None:
+    ds_config.check({"zero_optimization": {"reduce_bucket_size": 5e8, "allgather_bucket_size": 2e8}})
 
 
 def test_every_key_that_we_pass_through_is_one_that_deepspeed_reads() -> None:
+    from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    passed = ds_config.PASSED_THROUGH["zero_optimization"]
-    assert passed is not None
-    assert passed <= set(DeepSpeedZeroConfig.model_fields)
+    assert set(ds_config.ZeroSection.model_fields) <= set(DeepSpeedZeroConfig.model_fields)
+    assert set(ds_config.CommsLoggerSection.model_fields) <= set(CommsLoggerConfig.model_fields)

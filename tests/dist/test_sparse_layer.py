@@ -34,7 +34,9 @@ class Case:
     shared: int | None = None
     shared_gate: bool = False
     masked: str = "none"  # none | some | rank (all of rank 0's tokens) | all
-    routing: str = "free"  # free | one (expert 2 is everybody's first choice) | starved (experts 4.. get none)
+    routing: str = (
+        "free"  # free | one (expert 2 is everybody's first choice) | starved (experts 4.. get none)
+    )
     score: str = "softmax"
     scale: float = 1.0
     groups: tuple[int, int, str] | None = None  # groups, of which a token may visit, score of a group
@@ -190,7 +192,9 @@ def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) ->
     layer = SparseMoE(case.hidden, case.config, layout, case.capacity).double()
     if bias is not None:
         assert layer.router.selection_bias_E is not None
-        assert layer.router.selection_bias_E.dtype == torch.float32, "a cast of the module leaves the bias alone"
+        assert layer.router.selection_bias_E.dtype == torch.float32, (
+            "a cast of the module leaves the bias alone"
+        )
         layer.router.selection_bias_E.copy_(bias)
     mine, local = (
         _load(layer, leaves, layout),

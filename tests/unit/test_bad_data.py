@@ -69,6 +69,22 @@ def _tokens_off(folder: Path) -> None:
     _edit(folder, splits=manifest["splits"])
 
 
+def _tokenizer(folder: Path, **changes: int) -> None:
+    _edit(folder, tokenizer=json.loads((folder / MANIFEST_NAME).read_text())["tokenizer"] | changes)
+
+
+def _rename_shard(folder: Path, name: str) -> None:
+    manifest = json.loads((folder / MANIFEST_NAME).read_text())
+    manifest["splits"]["train"]["shards"][0]["name"] = name
+    _edit(folder, splits=manifest["splits"])
+
+
+def _rename_tokenizer(folder: Path, name: str) -> None:
+    tokenizer = json.loads((folder / MANIFEST_NAME).read_text())["tokenizer"]
+    tokenizer["files"][name] = tokenizer["files"].pop("tokenizer.json")
+    _edit(folder, tokenizer=tokenizer)
+
+
 DAMAGES: dict[str, tuple[Damage, bool, tuple[str, ...]]] = {
     "no folder": (lambda f: shutil.rmtree(f), False, ("there is no such folder", "turnout prepare")),
     "no manifest": (
@@ -93,6 +109,26 @@ DAMAGES: dict[str, tuple[Damage, bool, tuple[str, ...]]] = {
         ("manifest.json: extra: Extra inputs",),
     ),
     "totals that do not add up": (_tokens_off, False, ("manifest.json: splits.train", "the shards hold")),
+    "a pad token outside the vocabulary": (
+        lambda f: _tokenizer(f, pad_id=99999),
+        False,
+        ("manifest.json: tokenizer: pad_id is 99999", "below vocab_size, 300", "turnout prepare"),
+    ),
+    "an end of documents outside the vocabulary": (
+        lambda f: _tokenizer(f, eos_id=300),
+        False,
+        ("manifest.json: tokenizer: eos_id is 300",),
+    ),
+    "a shard in another folder": (
+        lambda f: _rename_shard(f, "../dx/train-00000"),
+        False,
+        ("'../dx/train-00000' is no plain file name",),
+    ),
+    "a tokenizer file in another folder": (
+        lambda f: _rename_tokenizer(f, "../tokenizer.json"),
+        False,
+        ("'../tokenizer.json' is no plain file name",),
+    ),
     "a missing shard": (
         lambda f: (f / "train-00001.bin").unlink(),
         False,

@@ -48,6 +48,20 @@ RECIPES: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
         SOUND | {"tokenizer": {"type": "bpe", "vocab_size": 258}},
         ("vocab_size is 258", "259"),
     ),
+    "a vocabulary beyond all memory": (
+        SOUND | {"tokenizer": {"type": "bpe", "vocab_size": 10**9}},
+        ("vocab_size is 1000000000", "less than or equal to 1000000"),
+    ),
+    "pairs too frequent to count": (
+        SOUND | {"tokenizer": {"type": "bpe", "vocab_size": 300, "min_frequency": 10**30}},
+        ("min_frequency is 1000", "less than or equal to 1000000000"),
+    ),
+    "an output that is no path": (SOUND | {"output": "a\0b"}, ("output is 'a\\x00b'", "without zero bytes")),
+    "an empty output": (SOUND | {"output": ""}, ("output is ''", "must not be empty")),
+    "a source that is no path": (
+        SOUND | {"sources": [{"type": "text", "paths": ["a\0b/*"]}]},
+        ("sources.0.paths.0 is 'a\\x00b/*'", "without zero bytes"),
+    ),
     "an option of the other tokenizer": (
         SOUND | {"tokenizer": {"type": "file", "path": "a", "vocab_size": 300}},
         ("vocab_size", "no such setting"),
@@ -155,7 +169,7 @@ SOURCES: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
     "only dropped documents": (
         "text",
         lambda folder: write_text(folder / "a.text", b"\xff\xff"),
-        ("no document is left of 1 (1 invalid UTF-8)",),
+        ("no usable text: 1 documents read, none kept (dropped: 1 invalid UTF-8)",),
     ),
 }
 
@@ -228,6 +242,36 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(
     }
     refused(run(tmp_path, recipe), *words)
     assert not (tmp_path / PREPARED).exists()
+
+
+@pytest.mark.parametrize(
+    ("files", "words"),
+    [
+        ([b""], ("no usable text: 1 documents read, none kept (dropped: 1 empty)", "Give sources with text")),
+        ([b" \n\t", b"\n", b"\xff"], ("3 documents read, none kept (dropped: 2 empty, 1 invalid UTF-8)",)),
+        ([b"a"], ("no two letters stand side by side 2 times", "the 1 bytes of text in 1 documents")),
+    ],
+    ids=["empty", "blank or no UTF-8", "one letter"],
+)
+def test_text_that_a_tokenizer_cannot_be_trained_on_is_refused(
+    tmp_path: Path, files: list[bytes], words: tuple[str, ...]
+) -> None:
+    for number, raw in enumerate(files):
+        write_text(tmp_path / f"{number}.txt", raw)
+    refused(run(tmp_path, page(tmp_path, [{"type": "text", "paths": [f"{tmp_path}/*.txt"]}])), *words)
+    assert not (tmp_path / PREPARED).exists()
+
+
+def test_json_lines_without_a_line_are_refused(tmp_path: Path) -> None:
+    path = write_text(tmp_path / "a.jsonl", b"\n")
+    result = run(tmp_path, page(tmp_path, [{"type": "jsonl", "paths": [str(path)]}]))
+    refused(result, "no usable text: 0 documents read, none kept (there are none in them)")
+
+
+def test_the_root_of_all_folders_is_no_output(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl")
+    recipe = page(tmp_path, [{"type": "jsonl", "paths": [str(path)]}], output="/")
+    refused(run(tmp_path, recipe, "--overwrite"), "/: the output is the root of all folders")
 
 
 @pytest.mark.parametrize(("fraction", "split"), [(1e-9, "validation"), (0.999999, "train")])

@@ -142,6 +142,10 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["balance.drop_by=position"],
         ["drop_by is position", "nothing is dropped", "capacity_factor"],
     ),
+    "bias that nothing moves": (
+        ["model.moe.selection_bias=true"],
+        ["selection_bias is true", "bias_update_rate is 0", "no effect", "Set balance.bias_update_rate"],
+    ),
     "rule of a bias that rests": (
         ["balance.bias_update=proportional"],
         ["bias_update is proportional", "no effect", "give the bias a rate"],
@@ -194,7 +198,20 @@ def test_settings_do_not_change_after_they_were_checked(tiny_page: Page) -> None
 @pytest.mark.parametrize(
     ("overrides", "world_size", "said"),
     [
-        (["parallel.expert_parallel_size=2"], 3, ["expert_parallel_size is 2", "3 ranks", "Use one of 1, 3"]),
+        (
+            ["parallel.expert_parallel_size=2"],
+            3,
+            ["expert_parallel_size is 2", "are 3 ranks", "Use 1, or start a multiple of 2 ranks"],
+        ),
+        (
+            ["parallel.expert_parallel_size=4"],
+            6,
+            ["expert_parallel_size is 4", "6 ranks", "Use one of 1, 2,"],
+        ),
+        (["parallel.expert_parallel_size=2"], 1, ["there is 1 rank:", "Use 1, or"]),
+        ([], 3, ["3 ranks x train.micro_batch_size 2 = 6", "another number of ranks (one of 1, 2, 4)."]),
+        (["train.micro_batch_size=8"], 2, ["= 16 sequences", "micro_batch_size of one of 1, 2, 4."]),
+        (["train.micro_batch_size=8"], 8, ["= 64 sequences", "micro_batch_size of 1."]),
         (["parallel.expert_parallel_size=4"], 2, ["expert_parallel_size is 4", "2 ranks", "Use one of 1, 2"]),
         ([], 8, ["global_batch_size is 8", "8 ranks x train.micro_batch_size 2 = 16", "multiple of 16"]),
     ],

@@ -15,7 +15,7 @@ from moe.errors import CheckpointError, ConfigError
 from moe.export import command as export_command
 from moe.generate import choose_sampling, command, open_model
 from moe.hf.load import from_run
-from moe.hf.sample import Sampling, generate
+from moe.hf.sample import Sampling, _check_room, generate
 from moe.hf.verify import our_logits
 from moe.hf.write import new_folder, write
 from tests.stock import CASES, saved, write_run
@@ -86,6 +86,40 @@ def test_more_tokens_than_positions_are_refused(opened: tuple[Any, Any]) -> None
         generate(*opened, "!abc", 93, Sampling())
 
 
+def test_a_prompt_that_fills_the_positions_is_refused_with_the_length_that_fits(
+    opened: tuple[Any, Any],
+) -> None:
+    for wanted in (None, 1, 64):
+        for length in (96, 200):
+            with pytest.raises(
+                ConfigError, match=f"has {length} tokens.* Cut the prompt to at most 95 tokens"
+            ):
+                generate(*opened, "a" * length, wanted, Sampling())
+    assert isinstance(generate(*opened, "a" * 95, 1, Sampling(greedy=True)), str)
+
+
+def test_without_a_number_of_new_tokens_there_are_64_or_what_fits() -> None:
+    assert [_check_room(given, None, 96) for given in (1, 32, 33, 95)] == [64, 64, 63, 1]
+    assert _check_room(1, None, 64) == 63
+    with pytest.raises(ConfigError, match="the model has 1 position"):
+        _check_room(1, None, 1)
+
+
+def test_a_prompt_that_is_no_text_is_refused(run: Path) -> None:
+    done = CliRunner().invoke(command, [str(run), "--prompt", "a\udcff\udcfe"])
+    assert done.exit_code == 2
+    assert done.stderr == "error: --prompt is 'a\\udcff\\udcfe': it must be text in UTF-8. Convert it.\n"
+
+
+@pytest.mark.parametrize("temperature", ["0.001", "1000"])
+def test_the_outermost_temperatures_and_the_last_seed_draw_text(run: Path, temperature: str) -> None:
+    arguments = ["--prompt", "!abc", "--temperature", temperature, "--seed", str(2**63 - 1)]
+    done = CliRunner().invoke(command, [str(run), *arguments, "--max-new-tokens", "8"])
+    assert done.exit_code == 0, done.output
+    done = CliRunner().invoke(command, [str(run), *arguments, "--seed", str(2**70)])
+    assert (done.exit_code, "Traceback" in done.output) == (2, False)
+
+
 def test_options_that_contradict_each_other_are_refused() -> None:
     none: dict[str, Any] = {"temperature": None, "top_p": None, "seed": None}
     assert choose_sampling(greedy=False, **none) == Sampling()
@@ -93,7 +127,10 @@ def test_options_that_contradict_each_other_are_refused() -> None:
     for option, value in (("temperature", 0.5), ("top_p", 0.5), ("seed", 0)):
         with pytest.raises(ConfigError, match=r"--greedy draws nothing"):
             choose_sampling(greedy=True, **{**none, option: value})
-    for option, value in (("temperature", 0.0), ("temperature", -1.0), ("top_p", 0.0), ("top_p", 1.1)):
+    for temperature in (0.0, -1.0, 1e-320, 1e-4, 1001.0, float("inf"), float("nan")):
+        with pytest.raises(ConfigError, match=r"must lie between 0\.001 and 1000"):
+            choose_sampling(greedy=False, **{**none, "temperature": temperature})
+    for option, value in (("top_p", 0.0), ("top_p", 1.1), ("top_p", float("nan"))):
         with pytest.raises(ConfigError, match="above 0"):
             choose_sampling(greedy=False, **{**none, option: value})
 

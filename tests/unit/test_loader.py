@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,21 @@ def test_a_split_shorter_than_a_sequence_is_refused(tmp_path: Path) -> None:
     data = raw_data(tmp_path / "d", {"train": [[2, 3, 4, 5]]}, vocab_size=500)
     with pytest.raises(DataError, match="the training split has 4 tokens: a sequence of 4 needs 5"):
         _steps(data, 1)
+
+
+@pytest.mark.parametrize("split", ["train", "validation"])
+def test_ids_outside_the_vocabulary_end_the_batches_with_a_message(tmp_path: Path, split: str) -> None:
+    ids = [list(range(2, 20))]
+    raw_data(tmp_path / "d", {"train": ids, "validation": ids}, vocab_size=500)
+    (tmp_path / "d" / f"{split}-00000.bin").write_bytes(b"\xff" * 2 * 18)
+    data = TokenData.open(tmp_path / "d", verify=False)
+    batches: Iterator[Any] = validation_batches(
+        data, sequence_length=LENGTH, batch_size=2, rank=0, world_size=1
+    )
+    if split == "train":
+        batches = iter(_steps(data, 1) for _ in range(1))
+    with pytest.raises(DataError, match=rf"d: token \d+ of the {split} split has id 65535"):
+        next(batches)
 
 
 def test_closing_the_iterator_ends_its_thread(data: TokenData) -> None:

@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer
 
 from data_prep import vocabulary
-from data_prep.documents import Document
+from data_prep.documents import Account, Document
 from data_prep.recipe import BpeTokenizer, DataRecipe
 from data_prep.stdlib import stdlib
 from moe.data.shards import TokenData
@@ -99,6 +99,13 @@ def test_json_lines(tmp_path: Path, suffix: str) -> None:
     path = write_jsonl(tmp_path / f"a{suffix}", TEXTS + ODD, field="content")
     data = prepared(tmp_path, [{"type": "jsonl", "paths": [str(path)], "text_field": "content"}])
     assert all_texts(data) == sorted(TEXTS + ODD)
+
+
+def test_a_byte_order_mark_before_the_first_line_is_no_part_of_it(tmp_path: Path) -> None:
+    for number, encoded in enumerate((write_jsonl(tmp_path / "x").read_bytes(), b'\n{"text": "one"}')):
+        write_text(tmp_path / f"{number}.jsonl", b"\xef\xbb\xbf" + encoded)
+    data = prepared(tmp_path, [{"type": "jsonl", "paths": [f"{tmp_path}/*.jsonl"]}])
+    assert all_texts(data) == sorted([*TEXTS, "one"])
 
 
 def test_parquet_with_every_kind_of_string(tmp_path: Path) -> None:
@@ -224,8 +231,10 @@ def test_the_sample_takes_an_equal_share_of_each_source() -> None:
     letters = [
         vocabulary.Source(c, (), lambda c=c: (Document(c * 10**5, 10**5) for _ in range(50))) for c in "ab"
     ]
-    sample = list(vocabulary._sample(letters, 10**6))
+    accounts = {source: Account() for source in "ab"}
+    sample = list(vocabulary._sample(letters, 10**6, accounts))
     assert [text[0] for text in sample] == ["a"] * 5 + ["b"] * 5
+    assert [account.read["documents"] for account in accounts.values()] == [5, 5]
 
 
 def test_a_second_run_finds_everything_up_to_date(tmp_path: Path) -> None:

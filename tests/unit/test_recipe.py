@@ -19,6 +19,7 @@ from moe.config import (
     TrainConfig,
 )
 from moe.config.base import Section
+from moe.engine import ds_config
 from moe.errors import ConfigError
 
 Page = dict[str, Any]
@@ -39,6 +40,21 @@ NOT_A_RECIPE = {
     "only comments": ("# later\n", "r.yaml: name is required, but it is not set"),
 }
 
+NOT_A_VALUE = {
+    "digits without end": ("9" * 5000, "'9999", "cannot be read as a whole number"),
+    "a tagged word for a count": ("!!int abc", "'abc'", "cannot be read as a whole number"),
+    "a tagged nothing for a count": ("!!int ''", "''", "cannot be read as a whole number"),
+    "a tagged word for a number": ("!!float x", "'x'", "cannot be read as a number"),
+    "a tagged word for a switch": ("!!bool x", "'x'", "cannot be read as true or false"),
+    "a tagged word for a date": ("!!timestamp x", "'x'", "cannot be read as a date"),
+    "no binary digits": ("0b_", "'0b_'", "cannot be read as a whole number"),
+    "no hexadecimal digits": ("0x_", "'0x_'", "cannot be read as a whole number"),
+    "many brackets": ("[" * 3000, "", "nested too deep"),
+    "many closed brackets": ("[" * 3000 + "]" * 3000, "", "nested too deep"),
+    "many blocks": ("{a: " * 3000 + "1" + "}" * 3000, "", "nested too deep"),
+    "a merge": ("{<<: {a: 1}}", "", "merge keys (<<) are not supported"),
+}
+
 NOT_AN_OVERRIDE = {
     "no equals sign": ("train.steps", "override 'train.steps': write key=value with the full path"),
     "no key": ("=10", "override '=10': write key=value with the full path"),
@@ -54,6 +70,48 @@ def test_text_that_is_no_recipe_is_refused_with_its_place(case: str) -> None:
     with pytest.raises(ConfigError) as refused:
         recipe.parse(RunConfig, text, source="r.yaml")
     assert str(refused.value).startswith(said)
+
+
+@pytest.mark.parametrize("where", ["page", "override"])
+@pytest.mark.parametrize("case", NOT_A_VALUE)
+def test_a_value_that_yaml_cannot_read_is_refused(case: str, where: str, tiny_page: Page) -> None:
+    text, *said = NOT_A_VALUE[case]
+    page = yaml.safe_dump({key: value for key, value in tiny_page.items() if key != "seed"})
+    text_and_overrides = (f"seed: {text}\n{page}", []) if where == "page" else (page, [f"seed={text}"])
+    with pytest.raises(ConfigError) as refused:
+        recipe.parse(RunConfig, *text_and_overrides, source="r.yaml")
+    message = str(refused.value)
+    assert message.startswith("r.yaml" if where == "page" else ("override 'seed=", 'override "seed='))
+    assert [part for part in said if part not in message] == [], message
+    assert len(message) < 300
+
+
+@pytest.mark.parametrize("name", ["2020-13-45", "2020-01-02"])
+def test_a_name_may_look_like_a_date(name: str, tiny_page: Page) -> None:
+    run = recipe.parse(RunConfig, yaml.safe_dump(tiny_page), [f"name={name}"], source="r.yaml")
+    assert run.name == name
+    assert recipe.parse(RunConfig, recipe.dump(run), source="dump") == run
+
+
+@pytest.mark.parametrize("path", ["a", "deepspeed", "deepspeed.zero_optimization", "train.schedule"])
+def test_an_override_of_any_depth_is_no_crash(path: str, tiny_page: Page) -> None:
+    def read() -> None:
+        override = f"{path}{'.a' * 3000}=1"
+        run = recipe.parse(RunConfig, yaml.safe_dump(tiny_page), [override], source="r.yaml")
+        ds_config.check(run.deepspeed)
+
+    with pytest.raises(ConfigError) as refused:
+        read()
+    assert len(str(refused.value)) < 500
+
+
+def test_data_recipes_share_the_type_of_a_path() -> None:
+    class Output(Section):
+        output: recipe.PathText
+
+    assert recipe.parse(Output, "output: data/tiny", source="r.yaml").output == "data/tiny"
+    with pytest.raises(ConfigError, match=r"output is '~/x': write the full path"):
+        recipe.parse(Output, "output: ~/x", source="r.yaml")
 
 
 @pytest.mark.parametrize("case", NOT_AN_OVERRIDE)

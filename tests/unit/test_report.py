@@ -1,4 +1,7 @@
+import dataclasses
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -7,6 +10,7 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from moe import evaluate
 from moe.errors import CheckpointError
 from moe.report import command, plot
 from moe.report.plot import plot_run
@@ -110,15 +114,77 @@ def test_the_command_draws_into_the_run_or_where_it_is_told(tmp_path: Path) -> N
 
 def test_the_command_says_what_is_wrong_in_one_message(tmp_path: Path) -> None:
     write(tmp_path / "run", [training(1)])
+    (tmp_path / "folder.png").mkdir()
     for arguments, message in (
         ([str(tmp_path / "none")], "is no folder"),
         ([str(tmp_path)], "metrics.jsonl cannot be read"),
         ([str(tmp_path / "run"), "--png", str(tmp_path / "none/a.png")], "Choose another --png"),
+        ([str(tmp_path / "run"), "--png", str(tmp_path / "x.txt")], "must end with .png, for example"),
+        ([str(tmp_path / "run"), "--png", str(tmp_path / "png")], "must end with .png"),
+        ([str(tmp_path / "run"), "--png", ""], "must end with .png"),
+        ([str(tmp_path / "run"), "--png", str(tmp_path / "folder.png")], "Is a directory"),
     ):
         done = CliRunner().invoke(command, arguments)
         assert done.exit_code == 2
         assert message in done.output
         assert "Traceback" not in done.output
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["folder.png", "metrics.jsonl", "run"]
+
+
+def test_a_picture_that_cannot_be_written_whole_leaves_the_old_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: object, path: Path, **_: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    (tmp_path / "report.png").write_bytes(b"old")
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", full)
+    with pytest.raises(CheckpointError, match="No space left on device"):
+        plot_run(write(tmp_path, [training(1)]), tmp_path / "report.png")
+    assert (tmp_path / "report.png").read_bytes() == b"old"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["metrics.jsonl", "report.png"]
+
+
+# `turnout evaluate --json` asks the same of its target.
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("no/such/dir/y.json", "No such file or directory"),
+        ("run", "which is a folder"),
+        ("y" * 300, "File name too long"),
+    ],
+)
+def test_figures_without_a_place_are_refused_before_the_work(
+    target: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: pytest.fail("it began"))
+    done = CliRunner().invoke(evaluate.command, [str(tmp_path / "run"), "--json", str(tmp_path / target)])
+    assert (done.exit_code, done.stderr.count("error: ")) == (2, 1)
+    assert message in done.stderr
+
+
+def test_figures_are_written_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures = evaluate.Evaluation(1, 2.0, 3.0, 4.0, 5, 6)
+    monkeypatch.setattr(evaluate, "evaluate", lambda *_: figures)
+    page = tmp_path / "y.json"
+    done = CliRunner().invoke(evaluate.command, [str(tmp_path), "--json", str(page)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(page.read_text()) == dataclasses.asdict(figures)
+
+    def full(self: Path, text: str, **_: object) -> None:
+        self.write_bytes(text.encode()[:5])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    old = page.read_text()
+    monkeypatch.setattr(Path, "write_text", full)
+    done = CliRunner().invoke(evaluate.command, [str(tmp_path), "--json", str(page)])
+    assert (done.exit_code, "No space left on device" in done.stderr) == (2, True)
+    assert [path.name for path in tmp_path.iterdir()] == ["y.json"]
+    assert page.read_text() == old
 
 
 def test_nothing_heavy_is_imported_before_it_is_needed() -> None:

@@ -136,6 +136,28 @@ def test_the_fingerprint_follows_the_tokens_not_the_place(tmp_path: Path) -> Non
     assert len({data.fingerprint, other.fingerprint, cut_elsewhere.fingerprint}) == 3
 
 
+@pytest.mark.parametrize("change", [{"vocab_size": 501}, {"eos_id": 2}, {"pad_id": 0}])
+def test_the_fingerprint_follows_the_special_tokens(tmp_path: Path, change: dict[str, int]) -> None:
+    manifest = raw_data(tmp_path / "a", {"train": [[2, 3]]}, vocab_size=500).manifest
+    tokenizer = manifest.tokenizer.model_copy(update=change)
+    assert manifest.model_copy(update={"tokenizer": tokenizer}).fingerprint != manifest.fingerprint
+
+
+@pytest.mark.parametrize("vocab_size", [500, 70_000])
+def test_an_id_outside_the_vocabulary_is_refused_where_it_is_read(tmp_path: Path, vocab_size: int) -> None:
+    data = raw_data(tmp_path / "a", {"train": [[2, 3], [4, 5, 6]]}, vocab_size=vocab_size, shard_tokens=2)
+    itemsize = 2 if vocab_size == 500 else 4
+    shard = tmp_path / "a" / "train-00001.bin"
+    shard.write_bytes(shard.read_bytes()[:itemsize] + b"\xff" * 2 * itemsize)
+    data = TokenData.open(tmp_path / "a", verify=False)
+    assert data.tokens("train", 0, 3).tolist() == [2, 3, 4]
+    for start, stop in ((0, 5), (3, 4), (4, 5)):
+        with pytest.raises(
+            DataError, match=rf"a: token {max(start, 3)} of the train split has id (65535|-1)"
+        ):
+            data.tokens("train", start, stop)
+
+
 def test_a_pickle_carries_the_path_not_the_tokens(tmp_path: Path) -> None:
     data = raw_data(tmp_path / "a", {"train": [list(range(400)) * 50]}, vocab_size=500)
     data.tokens("train", 0, 10)
