@@ -4,11 +4,9 @@ import json
 import math
 import os
 import shutil
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -22,6 +20,7 @@ from moe.engine import ds_config
 from moe.errors import EXIT_STOPPED, ConfigError, ExportError, TurnoutError, clean_exit
 from moe.hf.match import check_exportable
 from moe.recipe import dump, load
+from moe.stop import StopSignal
 
 if TYPE_CHECKING:
     from moe.checkpoint.save import TrainState
@@ -65,7 +64,7 @@ def main(recipe: str | Path, overrides: Sequence[str] = ()) -> int:
         return train(run, data, ranks, stop)
 
 
-def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: "StopSignal") -> int:
+def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) -> int:
     """The loop. Collective."""
     from moe.checkpoint.resume import restore
     from moe.checkpoint.save import save
@@ -116,26 +115,6 @@ def _next(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...]:
     except TurnoutError as error:
         error.local = True
         raise
-
-
-class StopSignal:
-    """Whether someone asked this process to stop; the loop saves at the next step and leaves."""
-
-    def __init__(self) -> None:
-        self.received = False
-
-    @classmethod
-    def listen(cls) -> "StopSignal":
-        """SIGTERM and SIGINT are requests from now on; a second SIGINT interrupts at once."""
-        stop = cls()
-        signal.signal(signal.SIGTERM, stop._receive)
-        signal.signal(signal.SIGINT, stop._receive)
-        return stop
-
-    def _receive(self, number: int, _: FrameType | None) -> None:
-        if self.received and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        self.received = True
 
 
 def _model(run: RunConfig, ranks: dist.Ranks) -> Any:
