@@ -32,7 +32,8 @@ sys.exit(max(codes) if codes[0] == codes[1] else 1)
 """
 
 OURS = """
-import os, sys
+import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # as on a terminal, however the tests were started
 from launch import ranks
 is_rank = lambda line: list(line[1:3]) == ["-u", {rank!r}]
 told = lambda: print("told", flush=True)
