@@ -105,7 +105,7 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
                 saved = state.step
         if saved != state.step and state.step:
             save(engine, state, data.fingerprint)
-    return _finish(run, ranks, state)
+        return _finish(run, ranks, state)  # the folder is still ours
 
 
 def _next(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...]:
