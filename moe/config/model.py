@@ -29,6 +29,14 @@ class MoEConfig(Section):
     """Experts that each token visits."""
     expert_intermediate_size: Size
     """Width of one expert's SwiGLU."""
+    expert_activation: Literal["swiglu", "gpt_oss"] = "swiglu"
+    """silu(gate) up (arXiv:2002.05202), or gate sigmoid(1.702 gate) (up + 1) (GPT-OSS, arXiv:2508.10925)."""
+    activation_limit: PositiveFloat | None = None
+    """Cap of gate and of |up| before they are multiplied (GPT-OSS: 7); null: none."""
+    expert_bias: bool = False
+    """Biases on both projections of every expert (GPT-OSS)."""
+    latent_size: Size | None = None
+    """Width in which routed experts work, between projections to it and back (arXiv:2601.18089); null: hidden_size."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become scores: over all experts (arXiv:1701.06538), or each on its own (arXiv:2412.19437)."""
     normalize_top_k: bool = True

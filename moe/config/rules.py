@@ -16,10 +16,20 @@ def check(run: RunConfig) -> None:
             *_sequence(run),
             *_schedule(run),
             *_batch(run),
+            *_recomputation(run),
             *_parallel(run),
             *_balance(run),
         ]
     )
+
+
+def _recomputation(run: RunConfig) -> list[str]:
+    if run.train.activation_recomputation == "experts" and run.model.moe is None:
+        return [
+            "train.activation_recomputation is experts, but the model is dense, so it has no effect. Use none or "
+            "block, or set model.moe."
+        ]
+    return []
 
 
 def check_world(run: RunConfig, world_size: int) -> int:

@@ -65,8 +65,8 @@ class TrainConfig(Section):
     """Sequences per forward pass on one rank; the rest of the batch is accumulated."""
     precision: Precision = "bf16"
     """bf16 keeps float32 master weights; fp32 computes in float32."""
-    activation_recomputation: Literal["none", "block"] = "none"
-    """block: keep only the inputs of each decoder layer and recompute the rest in backward."""
+    activation_recomputation: Literal["none", "experts", "block"] = "none"
+    """What backward computes again: the experts' pre-activations (arXiv:2512.14080), or all but a layer's input."""
     evaluate_every: Size | None = None
     """Steps between evaluations on the validation split; null: none during training."""
     optimizer: OptimizerConfig

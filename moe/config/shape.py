@@ -79,6 +79,11 @@ def _experts(model: ModelConfig) -> list[str]:
             f"model.moe.first_k_dense is {moe.first_k_dense}, but model.num_layers is {model.num_layers}: no "
             f"layer would be sparse. Use {model.num_layers - 1} or less, or remove model.moe."
         )
+    if moe.latent_size is not None and moe.latent_size >= model.hidden_size:
+        faults.append(
+            f"model.moe.latent_size is {moe.latent_size}, but model.hidden_size is {model.hidden_size}: the latent "
+            f"width saves work only where it is smaller. Use less than {model.hidden_size}, or remove it."
+        )
     faults += _groups(moe)
     if moe.shared_expert_gate and moe.shared_expert_intermediate_size is None:
         faults.append(

@@ -160,7 +160,14 @@ _CONSTANTS: dict[str, object] = {"hidden_act": "silu", "attention_dropout": 0.0,
 _NO_WINDOW = {**_CONSTANTS, "use_sliding_window": False, "sliding_window": None}
 _ROUTED = {"decoder_sparse_step": 1, "output_router_logits": False}
 
+_PLAIN_EXPERTS: dict[str, object] = {
+    "moe.expert_activation": "swiglu",
+    "moe.activation_limit": None,
+    "moe.expert_bias": False,
+    "moe.latent_size": None,
+}
 _SOFTMAX_CHOICE: dict[str, object] = {
+    **_PLAIN_EXPERTS,
     "moe.router_score": "softmax",
     "moe.route_scale": 1.0,
     "moe.num_expert_groups": None,

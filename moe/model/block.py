@@ -17,13 +17,18 @@ class Block(nn.Module):
     """x + attention(norm(x)), then x + ffn(norm(x)); the ffn is dense or sparse."""
 
     def __init__(
-        self, config: ModelConfig, index: int, layout: ExpertLayout, capacity: Capacity | None = None
+        self,
+        config: ModelConfig,
+        index: int,
+        layout: ExpertLayout,
+        capacity: Capacity | None = None,
+        recompute_experts: bool = False,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = _channel_mixer(config, index, layout, capacity)
+        self.ffn = _channel_mixer(config, index, layout, capacity, recompute_experts)
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, mask_BS: Tensor | None = None
@@ -39,9 +44,9 @@ class Block(nn.Module):
 
 
 def _channel_mixer(
-    config: ModelConfig, index: int, layout: ExpertLayout, capacity: Capacity | None
+    config: ModelConfig, index: int, layout: ExpertLayout, capacity: Capacity | None, recompute: bool
 ) -> SparseMoE | SwiGLU:
     if config.moe is not None and index in config.sparse_layers:
-        return SparseMoE(config.hidden_size, config.moe, layout, capacity)
+        return SparseMoE(config.hidden_size, config.moe, layout, capacity, recompute)
     assert config.intermediate_size is not None, "checked by moe.config.rules"
     return SwiGLU(config.hidden_size, config.intermediate_size)

@@ -33,22 +33,26 @@ def count(config: ModelConfig, sequence_length: int) -> Count:
     extras += query + 2 * kv if config.attention.qkv_bias else 0
     sparse = len(config.sparse_layers)
     dense = config.num_layers - sparse
+    total_biases = active_biases = 0
     total = config.num_layers * attention + dense * 3 * hidden * (config.intermediate_size or 0)
     active = total
     if config.moe is not None:
         moe = config.moe
-        expert = 3 * hidden * moe.expert_intermediate_size
+        width = moe.latent_size or hidden
+        expert = 3 * width * moe.expert_intermediate_size
         always = hidden * moe.num_experts + 3 * hidden * (moe.shared_expert_intermediate_size or 0)
-        always += hidden if moe.shared_expert_gate else 0
+        always += (hidden if moe.shared_expert_gate else 0) + 2 * hidden * (moe.latent_size or 0)
+        bias = 2 * moe.expert_intermediate_size + width if moe.expert_bias else 0
         total += sparse * (always + moe.num_experts * expert)
         active += sparse * (always + moe.top_k * expert)
+        total_biases, active_biases = sparse * moe.num_experts * bias, sparse * moe.top_k * bias
     head = config.vocab_size * hidden
     small = config.num_layers * extras + hidden
     embedding = 0 if config.tie_embeddings else head
     causal_attention = 6 * query * sequence_length * config.num_layers
     return Count(
-        total_parameters=total + head + embedding + small,
-        active_parameters=active + head + embedding + small,
+        total_parameters=total + total_biases + head + embedding + small,
+        active_parameters=active + active_biases + head + embedding + small,
         flops_per_token=6 * (active + head) + causal_attention,
     )
 

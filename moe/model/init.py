@@ -27,6 +27,7 @@ def initialize(model: Transformer, seed: int) -> None:
     std = model.config.init_std
     out_std = std / math.sqrt(2 * model.config.num_layers)
     filled: set[int] = set()
+    latent = model.config.moe.latent_size if model.config.moe else None
 
     def draw(parameter: Tensor, std: float, *key: str | int) -> None:
         drawn = torch.empty(parameter.shape, dtype=torch.float32)
@@ -41,7 +42,10 @@ def initialize(model: Transformer, seed: int) -> None:
             case Experts():
                 for local, expert in enumerate(module.layout.local_experts):
                     draw(module.gate_up[local], std, name, "gate_up", expert)
-                    draw(module.down[local], out_std, name, "down", expert)
+                    draw(module.down[local], out_std if latent is None else std, name, "down", expert)
+                for bias in (module.gate_up_bias, module.down_bias):
+                    if bias is not None:
+                        bias.zero_()
             case Attention():
                 for part in ("query", "key", "value", "output"):
                     _linear(
@@ -50,9 +54,11 @@ def initialize(model: Transformer, seed: int) -> None:
             case SwiGLU():
                 for part in ("gate", "up", "down"):
                     _linear(getattr(module, part), draw, out_std if part == "down" else std, f"{name}.{part}")
-            case SparseMoE() if module.shared_expert_gate is not None:
-                _linear(module.shared_expert_gate, draw, std, f"{name}.shared_expert_gate")
-                filled.add(id(module.shared_expert_gate.weight))
+            case SparseMoE():
+                for part in ("shared_expert_gate", "to_latent", "from_latent"):
+                    if (linear := getattr(module, part)) is not None:
+                        _linear(linear, draw, out_std if part == "from_latent" else std, f"{name}.{part}")
+                        filled.add(id(linear.weight))
                 continue
             case _:
                 continue

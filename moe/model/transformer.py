@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         self,
         config: ModelConfig,
         layout: ExpertLayout | None = None,
-        recompute: Literal["none", "block"] = "none",
+        recompute: Literal["none", "experts", "block"] = "none",
         capacity: Capacity | None = None,
     ) -> None:
         """`layout` places the experts (default: all here); `recompute` says what backward computes again;
@@ -48,7 +48,8 @@ class Transformer(nn.Module):
         layout = layout or ExpertLayout(config.moe.num_experts if config.moe else 1)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, index, layout, capacity) for index in range(config.num_layers)
+            Block(config, index, layout, capacity, recompute == "experts")
+            for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.head = Head(config.hidden_size, config.vocab_size)

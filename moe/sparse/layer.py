@@ -1,16 +1,17 @@
 """The sparse layer: router -> dispatch -> experts -> combine.
 
-T tokens here, R rows at their experts, D width, E experts, K choices.
+T tokens here, D width (or the latent width), K choices.
 """
 
 import torch
 from torch import Tensor, nn
 
 from moe.config import MoEConfig
+from moe.sparse.activation import GatedUnit
 from moe.sparse.capacity import Capacity, accepted
-from moe.sparse.dispatch import Dispatcher
+from moe.sparse.dispatch import AllToAll, Dispatcher, Local
 from moe.sparse.experts import Experts
-from moe.sparse.plan import ExpertLayout, make_plan
+from moe.sparse.plan import ExpertLayout
 from moe.sparse.router import Router, Routing, RoutingRecord
 from moe.sparse.swiglu import SwiGLU
 
@@ -19,15 +20,32 @@ class SparseMoE(nn.Module):
     """A feed-forward block of which each token visits K experts (arXiv:2101.03961, arXiv:2401.06066)."""
 
     def __init__(
-        self, hidden_size: int, config: MoEConfig, layout: ExpertLayout, capacity: Capacity | None = None
+        self,
+        hidden_size: int,
+        config: MoEConfig,
+        layout: ExpertLayout,
+        capacity: Capacity | None = None,
+        recompute: bool = False,
     ) -> None:
-        """`capacity` limits what an expert accepts while training; None: dropless."""
+        """`capacity` limits what an expert accepts while training (None: dropless); `recompute` computes the
+        experts' pre-activations again in backward instead of keeping them.
+        """
         super().__init__()
         self.layout = layout
         self.capacity = capacity
         self.router = Router(hidden_size, config)
-        self.dispatcher = Dispatcher(layout)
-        self.experts = Experts(hidden_size, config.expert_intermediate_size, layout)
+        latent, width = config.latent_size, config.latent_size or hidden_size
+        self.to_latent = nn.Linear(hidden_size, latent, bias=False) if latent else None
+        self.from_latent = nn.Linear(latent, hidden_size, bias=False) if latent else None
+        self.dispatcher: Dispatcher = AllToAll(layout) if layout.size > 1 else Local(layout)
+        self.experts = Experts(
+            width,
+            config.expert_intermediate_size,
+            layout,
+            GatedUnit.of(config),
+            config.expert_bias,
+            recompute,
+        )
         shared = config.shared_expert_intermediate_size
         self.shared_expert = SwiGLU(hidden_size, shared) if shared else None
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if config.shared_expert_gate else None
@@ -36,12 +54,14 @@ class SparseMoE(nn.Module):
         """[T, D] -> [T, D]; masked tokens (False) get nothing from routed experts and count nowhere."""
         routing = self.router(x_TD, token_mask_T)
         sent_TK, num_dropped = self._accept(routing, token_mask_T)
-        plan = make_plan(routing.ids_TK, self.layout, sent_TK)
-        rows_RD = self.dispatcher.dispatch(x_TD, plan)
-        rows_RD = self.experts(rows_RD, plan.rows_per_local_expert)
-        y_TD = self.dispatcher.combine(rows_RD, plan, routing.weights_TK)
-        if self.shared_expert is not None:
-            y_TD = y_TD + self._shared(x_TD)
+        latent_TD = x_TD if self.to_latent is None else self.to_latent(x_TD)
+        dispatched = self.dispatcher.dispatch(latent_TD, routing.ids_TK, routing.weights_TK, sent_TK)
+        shared_TD = self._shared(x_TD)  # while rows travel
+        y_TD = dispatched.combine(self.experts(dispatched.rows()))
+        if self.from_latent is not None:
+            y_TD = self.from_latent(y_TD)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         return y_TD, routing.record(num_dropped)
 
     def _accept(self, routing: Routing, mask_T: Tensor | None) -> tuple[Tensor | None, Tensor]:
@@ -56,8 +76,9 @@ class SparseMoE(nn.Module):
         sent_TK = accepted(routing.ids_TK, routing.weights_TK, kept_TK, self.capacity, num_experts)
         return sent_TK, kept_TK.sum() - sent_TK.sum()
 
-    def _shared(self, x_TD: Tensor) -> Tensor:
-        assert self.shared_expert is not None
+    def _shared(self, x_TD: Tensor) -> Tensor | None:
+        if self.shared_expert is None:
+            return None
         y_TD: Tensor = self.shared_expert(x_TD)
         if self.shared_expert_gate is not None:
             y_TD = torch.sigmoid(self.shared_expert_gate(x_TD)) * y_TD

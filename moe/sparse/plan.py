@@ -1,6 +1,7 @@
-"""Expert ids -> send order, split sizes, arrival order; integers only.
+"""Expert ids -> which token goes to which rank, and to which experts there; integers only.
 
-T tokens here, K choices, E experts, e experts held here, N rows sent (T K if all are), R rows received.
+T tokens here, K choices, E experts, e experts held here, G ranks of the group, N rows sent (one for each rank
+that a token needs), M rows received.
 """
 
 from dataclasses import dataclass
@@ -10,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.sparse.collectives import exchange_counts
+from moe.sparse.copies import Copies, copies_of
 
 
 @dataclass(frozen=True)
@@ -32,67 +34,67 @@ class ExpertLayout:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How rows travel. Rows are sent sorted by expert, so those for one rank lie side by side."""
+class Trip:
+    """Tokens that travel: one row for each rank that holds an expert the token chose."""
 
-    token_of_row_N: Tensor
-    """int64: the token that each sent row copies."""
-    row_of_choice_TK: Tensor
-    """int64: the sent row that serves each choice of each token; 0 for a choice that is not sent."""
-    sent_TK: Tensor | None
-    """bool: choices that are sent; None: all."""
+    to_rank: Copies
+    """T tokens, G choices: the rows to send, those for one rank side by side."""
+    local_ids_NK: Tensor
+    """int64: each row's choices as ids among the experts of its rank; e for a choice that lies elsewhere."""
     send_splits: list[int]
     """Rows for each rank of the group."""
     receive_splits: list[int]
     """Rows from each rank of the group."""
-    arrival_order_R: Tensor | None
-    """int64: arrivals come by source and then expert; this gathers them by expert. None on one rank."""
-    rows_per_local_expert: list[int]
-    """Rows for each expert held here, in order of expert id."""
+    num_choices: int
+    """Choices that the experts here will serve."""
 
 
-def make_plan(ids_TK: Tensor, layout: ExpertLayout, sent_TK: Tensor | None = None) -> Plan:
-    """Sort the choices by expert and learn from the group how many rows arrive.
+def plan_trip(ids_TK: Tensor, layout: ExpertLayout, sent_TK: Tensor | None = None) -> Trip:
+    """Sort tokens by rank and learn from the group how many rows arrive.
 
-    Choices outside `sent_TK` (bool: masked tokens, full experts) stay at home. One exchange of e int64 counts per
-    rank pair and one copy to the host; nothing here has a gradient.
+    Choices outside `sent_TK` (bool: masked tokens, full experts) stay at home. One exchange of two int64 counts
+    per rank pair and one copy to the host, which the sort overlaps; nothing here has a gradient.
     """
-    num_choices, num_experts = ids_TK.shape[1], layout.num_experts
-    ids_N = ids_TK.reshape(-1)
+    held = layout.num_local_experts
+    rank_TK = ids_TK // held
+    sent = torch.ones_like(rank_TK) if sent_TK is None else sent_TK.to(rank_TK.dtype)
+    choices_TG = rank_TK.new_zeros(len(ids_TK), layout.size).scatter_add_(1, rank_TK, sent)
+    needed_TG = choices_TG > 0
+    sent_G2 = torch.stack([needed_TG.sum(0), choices_TG.sum(0)], 1)
+    received_G2 = exchange_counts(sent_G2, layout.group)
+    # rows sent, choices sent, rows received, choices received: each a list over ranks
+    numbers = _ToHost(torch.cat([sent_G2.t(), received_G2.t()]))
+    ranks_TG = torch.arange(layout.size, device=ids_TK.device).expand_as(needed_TG)
+    to_rank = copies_of(ranks_TG, layout.size, needed_TG, lambda: sum(numbers.lists()[0]))
+    send_splits, _, receive_splits, received_choices = numbers.lists()
+    token_N, rank_N = to_rank.source_of_row_R, to_rank.choice_of_row_R % layout.size
+    local_NK = ids_TK[token_N] - (rank_N * held).unsqueeze(1)
+    elsewhere_NK = (local_NK < 0) | (local_NK >= held)
     if sent_TK is not None:
-        ids_N = torch.where(sent_TK.reshape(-1), ids_N, num_experts)  # behind all experts
-    # A narrow key sorts several times faster on CPU; the sort is stable, so a plan is deterministic.
-    order_N = torch.argsort(ids_N.to(torch.int16) if num_experts < 2**15 - 1 else ids_N, stable=True)
-    sent_E = torch.bincount(ids_N, minlength=num_experts + 1)[:num_experts]
-    sent_GE = sent_E.view(layout.size, layout.num_local_experts)
-    received_GE = exchange_counts(sent_GE, layout.group) if layout.size > 1 else sent_GE
-    send_splits, receive_splits, per_expert = _on_host(sent_GE.sum(1), received_GE.sum(1), received_GE.sum(0))
-    order_N = order_N[: sum(send_splits)]
-    row_of_choice_N = torch.zeros_like(ids_N)
-    row_of_choice_N[order_N] = torch.arange(order_N.numel(), device=order_N.device)
-    return Plan(
-        token_of_row_N=order_N // num_choices,
-        row_of_choice_TK=row_of_choice_N.view(ids_TK.shape),
-        sent_TK=sent_TK,
+        elsewhere_NK |= ~sent_TK[token_N]
+    return Trip(
+        to_rank=to_rank,
+        local_ids_NK=local_NK.masked_fill_(elsewhere_NK, held),
         send_splits=send_splits,
         receive_splits=receive_splits,
-        arrival_order_R=_by_expert(received_GE) if layout.size > 1 else None,
-        rows_per_local_expert=per_expert,
+        num_choices=sum(received_choices),
     )
 
 
-def _by_expert(received_GE: Tensor) -> Tensor:
-    """Gather index that turns (source, expert) order into (expert, source) order, rows in a block kept."""
-    experts_E = torch.arange(received_GE.shape[1], device=received_GE.device)
-    expert_of_row_R = experts_E.repeat(received_GE.shape[0]).repeat_interleave(received_GE.reshape(-1))
-    return torch.argsort(expert_of_row_R, stable=True)
+class _ToHost:
+    """Integers on their way to the host, so that the device's next work need not wait for them."""
 
+    def __init__(self, numbers: Tensor) -> None:
+        self.arrived: torch.cuda.Event | None = None
+        self.copy = numbers
+        if numbers.is_cuda:
+            self.copy = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self.copy.copy_(numbers, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
 
-def _on_host(*tensors: Tensor) -> list[list[int]]:
-    """Several small integer vectors to the host in one copy."""
-    flat = torch.cat(tensors).tolist()
-    lists, start = [], 0
-    for tensor in tensors:
-        lists.append(flat[start : start + tensor.numel()])
-        start += tensor.numel()
-    return lists
+    def lists(self) -> list[list[int]]:
+        """Its rows; waits until they are there."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.copy.tolist()

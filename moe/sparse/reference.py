@@ -18,6 +18,10 @@ class ReferenceWeights:
     router_ED: Tensor
     gate_up_E2FD: Tensor
     down_EDF: Tensor
+    gate_up_bias_E2F: Tensor | None = None
+    down_bias_ED: Tensor | None = None
+    to_latent_LD: Tensor | None = None
+    from_latent_DL: Tensor | None = None
     shared_gate_FD: Tensor | None = None
     shared_up_FD: Tensor | None = None
     shared_down_DF: Tensor | None = None
@@ -75,8 +79,7 @@ def sparse_layer(
             if mask[token]:
                 counts[expert] += 1
             if mask[token] and (token, expert) not in dropped:
-                gate, up = weights.gate_up_E2FD[expert].chunk(2)
-                y = y + choice.weights[place] * _swiglu(x, gate, up, weights.down_EDF[expert])
+                y = y + choice.weights[place] * _expert(x, weights, expert, config)
         outputs.append(y)
     kept = [choice for choice, counted in zip(choices, mask, strict=True) if counted]
     zero = x_TD.sum() * 0
@@ -130,6 +133,24 @@ def _dropped(
                 wanted.sort(key=lambda pair: -float(pair[1].weights.detach()[pair[1].experts.index(expert)]))
             dropped.update((token, expert) for token, _ in wanted[limit:])
     return dropped
+
+
+def _expert(x: Tensor, weights: ReferenceWeights, expert: int, config: MoEConfig) -> Tensor:
+    if weights.to_latent_LD is not None:
+        x = weights.to_latent_LD @ x
+    gate_up = weights.gate_up_E2FD[expert] @ x
+    if weights.gate_up_bias_E2F is not None:
+        gate_up = gate_up + weights.gate_up_bias_E2F[expert]
+    gate, up = gate_up.chunk(2)
+    if config.activation_limit is not None:
+        limit = config.activation_limit
+        gate, up = torch.clamp(gate, max=limit), torch.clamp(up, -limit, limit)
+    gpt_oss = config.expert_activation == "gpt_oss"
+    h = (up + 1) * gate * torch.sigmoid(1.702 * gate) if gpt_oss else F.silu(gate) * up
+    y = weights.down_EDF[expert] @ h
+    if weights.down_bias_ED is not None:
+        y = y + weights.down_bias_ED[expert]
+    return y if weights.from_latent_DL is None else weights.from_latent_DL @ y
 
 
 def _swiglu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -51,6 +51,17 @@ MODELS: dict[str, dict[str, Any]] = {
             "shared_expert_intermediate_size": 20,
         },
     },
+    "GPT-OSS's experts, latent": {
+        "moe": {
+            "num_experts": 8,
+            "top_k": 2,
+            "expert_intermediate_size": 24,
+            "expert_activation": "gpt_oss",
+            "activation_limit": 0.2,
+            "expert_bias": True,
+            "latent_size": 16,
+        },
+    },
     "dense": {"moe": None, "intermediate_size": 40},
 }
 BALANCES: dict[str, dict[str, Any]] = {
@@ -117,6 +128,14 @@ def matrix() -> list[Layout]:
         for w, ep, z, a in ((1, 1, 1, 2), (2, 2, 2, 1), (4, 2, 0, 2), (4, 4, 1, 1))
     ]
     layouts += [Layout(w, ep, z, 2, model="all switches") for w, ep, z in ((2, 2, 1), (4, 2, 0), (4, 4, 2))]
+    layouts += [
+        Layout(w, ep, z, 2, recompute="experts", model=model)
+        for model, w, ep, z in (
+            ("all switches", 2, 2, 0),
+            ("GPT-OSS's experts, latent", 2, 1, 2),
+            ("GPT-OSS's experts, latent", 4, 4, 1),
+        )
+    ]
     layouts += [Layout(w, 1, z, 1, model="dense") for w, z in ((2, 0), (2, 2), (4, 1))]
     return layouts
 

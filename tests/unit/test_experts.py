@@ -1,26 +1,156 @@
-"""Torch's grouped GEMM path, as CUDA takes it, beside the loop: same rows, same gradients."""
+"""Experts in one node, looped and grouped, beside plain autograd, expert by expert and row by row."""
+
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from moe.sparse.experts import Experts, grouped_swiglu
+from moe.sparse.activation import GatedUnit
+from moe.sparse.copies import Copies, copies_of
+from moe.sparse.experts import Experts, Rows
+from moe.sparse.grouped import GroupedExperts
+from moe.sparse.looped import LoopedExperts
 from moe.sparse.plan import ExpertLayout
 
+UNITS = {
+    "swiglu": GatedUnit(),
+    "clamped": GatedUnit(limit=0.7),
+    "gpt_oss": GatedUnit(1.702, 1.0, 0.7),
+}
+LOADS = {
+    "uneven": [[0, 2], [2, 0], [0, 3], [2, 3], [0, 2]],  # expert 1 starves
+    "one expert": [[1], [1], [1]],
+    "one token": [[3, 0]],
+}
+Found = dict[str, Tensor | None]
 
-@pytest.mark.parametrize("rows", [[5, 0, 9, 2], [16, 0, 0, 0], [1, 1, 1, 1]], ids=str)
-def test_grouped_gemm_equals_the_loop(rows: list[int]) -> None:
+
+def _experts(unit: GatedUnit, bias: bool, dtype: torch.dtype, recompute: bool = False) -> Experts:
     draw = torch.Generator().manual_seed(1)
-    experts = Experts(16, 8, ExpertLayout(4))
+    experts = Experts(16, 8, ExpertLayout(4), unit, bias, recompute)
     for parameter in experts.parameters():
         torch.nn.init.normal_(parameter, generator=draw)
-    x = torch.randn(sum(rows), 16, generator=draw)
-    grad = torch.randn(x.shape, generator=draw)
-    found = []
-    for path in (experts, lambda x, r: grouped_swiglu(x, r, experts.gate_up, experts.down)):
-        leaf = x.clone().requires_grad_()
-        experts.zero_grad()
-        y = path(leaf, rows)
-        y.backward(grad)
-        found.append((y.detach(), leaf.grad, experts.gate_up.grad, experts.down.grad))
-    for ours, other in zip(*found, strict=True):
-        torch.testing.assert_close(ours, other, rtol=1e-5, atol=1e-5)
+    return experts.to(dtype)
+
+
+def _run(node: Any, experts: Experts, ids: list[list[int]], made: Tensor | None = None) -> Found:
+    draw = torch.Generator().manual_seed(2)
+    dtype = experts.down.dtype
+    copies = copies_of(torch.tensor(ids), 4, made)
+    source = torch.randn(len(ids), 16, generator=draw).to(dtype).requires_grad_()
+    weights = torch.rand(len(ids), len(ids[0]), generator=draw).to(dtype).requires_grad_()
+    grad = torch.randn(source.shape, generator=draw).to(dtype)
+    rows = Rows(source, weights.flatten()[copies.choice_of_row_R], copies)
+    y: Tensor = node(experts, rows)
+    y.backward(grad)
+    return {
+        "y": y.detach(),
+        "source": source.grad,
+        "weights": weights.grad,
+        **{name: parameter.grad for name, parameter in experts.named_parameters()},
+    }
+
+
+def _node(function: Any) -> Any:
+    def run(experts: Experts, rows: Rows) -> Tensor:
+        biases = (experts.gate_up_bias, experts.down_bias)
+        parameters = (experts.gate_up, biases[0], experts.down, biases[1])
+        y: Tensor = function.apply(
+            rows.source_MD, rows.weights_R, *parameters, rows.copies, experts.unit, experts.recompute
+        )
+        return y
+
+    return run
+
+
+def _plainly(experts: Experts, rows: Rows) -> Tensor:
+    """By autograd and the activation's formula as its paper has it."""
+    y = torch.zeros_like(rows.source_MD)
+    row = 0
+    unit, limit = experts.unit, experts.unit.limit
+    for expert, count in enumerate(rows.copies.rows_per_bucket):
+        for _ in range(count):
+            source = int(rows.copies.source_of_row_R[row])
+            gate_up = experts.gate_up[expert] @ rows.source_MD[source]
+            if experts.gate_up_bias is not None:
+                gate_up = gate_up + experts.gate_up_bias[expert]
+            gate, up = gate_up.chunk(2)
+            if limit is not None:
+                gate, up = gate.clamp(max=limit), up.clamp(min=-limit, max=limit)
+            out = experts.down[expert] @ (gate * torch.sigmoid(unit.alpha * gate) * (up + unit.offset))
+            if experts.down_bias is not None:
+                out = out + experts.down_bias[expert]
+            onto = torch.nn.functional.one_hot(torch.tensor(source), len(y)).to(y.dtype)
+            y = y + torch.outer(onto, rows.weights_R[row] * out)
+            row += 1
+    # Parameters that nothing reached have zero gradients, not none.
+    return y + sum(0 * parameter.sum() for parameter in experts.parameters())
+
+
+def _compare(found: Found, expected: Found, tolerance: float) -> None:
+    for name, value in expected.items():
+        assert (found[name] is None) == (value is None), name
+        torch.testing.assert_close(found[name], value, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("load", LOADS)
+def test_the_loop_equals_the_formula(load: str, unit: str, bias: bool, recompute: bool) -> None:
+    experts = _experts(UNITS[unit], bias, torch.float64, recompute)
+    found = _run(_node(LoopedExperts), experts, LOADS[load])
+    experts.zero_grad()
+    _compare(found, _run(_plainly, experts, LOADS[load]), 1e-12)
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("load", LOADS)
+def test_grouped_gemm_equals_the_loop(load: str, unit: str, bias: bool, recompute: bool) -> None:
+    experts = _experts(UNITS[unit], bias, torch.float32, recompute)
+    found = _run(_node(GroupedExperts), experts, LOADS[load])
+    experts.zero_grad()
+    _compare(found, _run(_node(LoopedExperts), experts, LOADS[load]), 1e-4)
+
+
+@pytest.mark.parametrize("function", [LoopedExperts, GroupedExperts])
+def test_choices_that_are_not_made_get_nothing(function: Any) -> None:
+    experts = _experts(UNITS["gpt_oss"], True, torch.float32)
+    made = torch.tensor([[True, False], [False, False], [True, True], [False, True], [True, True]])
+    found = _run(_node(function), experts, LOADS["uneven"], made)
+    assert found["y"] is not None
+    assert found["weights"] is not None
+    assert found["source"] is not None
+    assert not found["y"][1].any()
+    assert not found["source"][1].any()
+    assert not found["weights"][~made].any()
+    assert found["weights"][made].all()
+    nothing = torch.zeros_like(made)
+    experts.zero_grad()
+    empty = _run(_node(function), experts, LOADS["uneven"], nothing)
+    assert not any(value.any() for value in empty.values() if value is not None)
+
+
+@pytest.mark.parametrize("function", [LoopedExperts, GroupedExperts])
+def test_bf16_rounds_each_sum_once(function: Any) -> None:
+    """A token whose 64 choices add up to little: sums kept in bf16 would lose most of it."""
+    ids = [[e % 4 for e in range(64)]]
+    experts = _experts(UNITS["swiglu"], False, torch.bfloat16)
+    found = _run(_node(function), experts, ids)
+    exact = _run(_node(LoopedExperts), experts.double(), ids)
+    for name in ("y", "source"):
+        ours, right = found[name], exact[name]
+        assert ours is not None
+        assert right is not None
+        assert float((ours.double() - right).norm() / right.norm()) < 1e-2
+
+
+def test_copies_lie_by_bucket_in_order() -> None:
+    ids = torch.tensor([[2, 0], [0, 1], [2, 1]])
+    copies: Copies = copies_of(ids, 3, torch.tensor([[True, True], [False, True], [True, True]]))
+    assert copies.rows_per_bucket == [1, 2, 2]
+    assert copies.source_of_row_R.tolist() == [0, 1, 2, 0, 2]
+    assert copies.row_of_choice_MK.tolist() == [[3, 0], [0, 1], [4, 2]]
