@@ -35,6 +35,10 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
     """
     check_world(run, world_size)
     ds_config.check(run.deepspeed)
+    if run.parallel.dispatch == "deepep":
+        from moe.sparse import deepep
+
+        deepep.check_installed()
     data = TokenData.open(Path(run.data.path), verify=False)
     check_data(run, data)
     if run.folder.exists() and not run.folder.is_dir():
@@ -119,12 +123,16 @@ def _next(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...]:
 
 def _model(run: RunConfig, ranks: dist.Ranks) -> Any:
     from moe.model import Transformer, count, initialize
-    from moe.sparse import Capacity, ExpertLayout
+    from moe.sparse import Capacity, ExpertLayout, deepep
 
     num_experts = run.model.moe.num_experts if run.model.moe else 1
     layout = ExpertLayout(num_experts, ranks.expert_parallel_size, ranks.expert_rank, ranks.expert_group)
+    width = (run.model.moe and run.model.moe.latent_size) or run.model.hidden_size
+    dispatcher = deepep.start(layout, width) if run.parallel.dispatch == "deepep" else None
     try:
-        model = Transformer(run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance))
+        model = Transformer(
+            run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance), dispatcher
+        )
     except (RuntimeError, MemoryError) as error:  # torch's allocator says no
         raise ConfigError(
             f"model: {count(run.model, run.data.sequence_length).sentence()}, which this rank cannot hold ({error}). "

@@ -162,10 +162,33 @@ def _parallel(run: RunConfig) -> list[str]:
             f"parallel.expert_parallel_size is {ep}, but model.moe.num_experts is {moe.num_experts}: every rank "
             f"must hold the same number of experts. Use {choice(divisors(moe.num_experts))}."
         )
+    if parallel.dispatch == "deepep":
+        faults += _deepep(run)
     if parallel.zero_stage == 0 and run.train.precision == "bf16":
         faults.append(
             "parallel.zero_stage is 0 with train.precision bf16: DeepSpeed then leaves experts out of the "
             "gradient norm and keeps no float32 master in step with the rest. Use zero_stage 1, or fp32."
+        )
+    return faults
+
+
+def _deepep(run: RunConfig) -> list[str]:
+    faults, moe = [], run.model.moe
+    if run.parallel.expert_parallel_size == 1:
+        faults.append(
+            "parallel.dispatch is deepep, but parallel.expert_parallel_size is 1: no token travels, so it has no "
+            "effect. Remove it, or set a parallel.expert_parallel_size of 2 or more."
+        )
+    if run.train.precision != "bf16":
+        faults.append(
+            f"parallel.dispatch is deepep, but train.precision is {run.train.precision}: DeepEP's kernels carry bf16. "
+            f"Use train.precision=bf16, or parallel.dispatch=all_to_all."
+        )
+    width = (moe.latent_size if moe else None) or run.model.hidden_size
+    if width % 8:
+        faults.append(
+            f"parallel.dispatch is deepep, but tokens travel {width} wide: DeepEP's kernels copy 16 bytes at a time, "
+            f"so the width must be a multiple of 8. Use another width, or parallel.dispatch=all_to_all."
         )
     return faults
 

@@ -76,6 +76,8 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     expert_parallel_size: Size = 1
     """Ranks that share the experts of a layer; consecutive ranks form a group."""
+    dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
+    """How tokens travel to their experts: torch's all-to-all, or DeepEP's kernels where they are installed."""
     zero_stage: ZeroStage = 1
     """What DeepSpeed ZeRO partitions: nothing, optimizer states, gradients too (arXiv:1910.02054)."""
     timeout_minutes: Annotated[float, Field(ge=0.1, le=10_080)] = 10.0

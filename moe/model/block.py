@@ -9,7 +9,7 @@ from moe.config import ModelConfig
 from moe.model.attention import Attention
 from moe.model.norm import RMSNorm
 from moe.model.rope import Rotation
-from moe.sparse import Capacity, ExpertLayout, RoutingRecord, SparseMoE
+from moe.sparse import Capacity, Dispatcher, ExpertLayout, RoutingRecord, SparseMoE
 from moe.sparse.swiglu import SwiGLU
 
 
@@ -23,12 +23,20 @@ class Block(nn.Module):
         layout: ExpertLayout,
         capacity: Capacity | None = None,
         recompute_experts: bool = False,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attention = Attention(config)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.ffn = _channel_mixer(config, index, layout, capacity, recompute_experts)
+        self.ffn: SparseMoE | SwiGLU
+        if config.moe is not None and index in config.sparse_layers:
+            self.ffn = SparseMoE(
+                config.hidden_size, config.moe, layout, capacity, recompute_experts, dispatcher
+            )
+        else:
+            assert config.intermediate_size is not None, "checked by moe.config.rules"
+            self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
         self, x_BSD: Tensor, rotation: Rotation, mask_BS: Tensor | None = None
@@ -41,12 +49,3 @@ class Block(nn.Module):
         mask_T = None if mask_BS is None else mask_BS.flatten()
         y_TD, record = self.ffn(h_BSD.flatten(0, 1), mask_T)
         return x_BSD + y_TD.view_as(x_BSD), record
-
-
-def _channel_mixer(
-    config: ModelConfig, index: int, layout: ExpertLayout, capacity: Capacity | None, recompute: bool
-) -> SparseMoE | SwiGLU:
-    if config.moe is not None and index in config.sparse_layers:
-        return SparseMoE(config.hidden_size, config.moe, layout, capacity, recompute)
-    assert config.intermediate_size is not None, "checked by moe.config.rules"
-    return SwiGLU(config.hidden_size, config.intermediate_size)

@@ -15,7 +15,7 @@ from moe.model.block import Block
 from moe.model.head import Head
 from moe.model.norm import RMSNorm
 from moe.model.rope import rotation
-from moe.sparse import Capacity, ExpertLayout, RoutingRecord
+from moe.sparse import Capacity, Dispatcher, ExpertLayout, RoutingRecord
 from moe.sparse.router import Router
 
 
@@ -38,9 +38,11 @@ class Transformer(nn.Module):
         layout: ExpertLayout | None = None,
         recompute: Literal["none", "experts", "block"] = "none",
         capacity: Capacity | None = None,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         """`layout` places the experts (default: all here); `recompute` says what backward computes again;
-        `capacity` limits experts while training (default: dropless).
+        `capacity` limits experts while training (default: dropless); `dispatcher` is the way to experts on other
+        ranks (default: all-to-all).
         """
         super().__init__()
         self.config = config
@@ -48,7 +50,7 @@ class Transformer(nn.Module):
         layout = layout or ExpertLayout(config.moe.num_experts if config.moe else 1)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, index, layout, capacity, recompute == "experts")
+            Block(config, index, layout, capacity, recompute == "experts", dispatcher)
             for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)

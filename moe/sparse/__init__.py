@@ -1,8 +1,9 @@
 """The sparse layer: router -> dispatch -> experts -> combine."""
 
 from moe.sparse.capacity import Capacity
+from moe.sparse.dispatch import Dispatcher
 from moe.sparse.layer import SparseMoE
 from moe.sparse.plan import ExpertLayout
 from moe.sparse.router import RoutingRecord
 
-__all__ = ["Capacity", "ExpertLayout", "RoutingRecord", "SparseMoE"]
+__all__ = ["Capacity", "Dispatcher", "ExpertLayout", "RoutingRecord", "SparseMoE"]

@@ -26,9 +26,11 @@ class SparseMoE(nn.Module):
         layout: ExpertLayout,
         capacity: Capacity | None = None,
         recompute: bool = False,
+        dispatcher: Dispatcher | None = None,
     ) -> None:
         """`capacity` limits what an expert accepts while training (None: dropless); `recompute` computes the
-        experts' pre-activations again in backward instead of keeping them.
+        experts' pre-activations again in backward instead of keeping them; `dispatcher` is the way to experts on
+        other ranks (None: all-to-all).
         """
         super().__init__()
         self.layout = layout
@@ -37,7 +39,7 @@ class SparseMoE(nn.Module):
         latent, width = config.latent_size, config.latent_size or hidden_size
         self.to_latent = nn.Linear(hidden_size, latent, bias=False) if latent else None
         self.from_latent = nn.Linear(latent, hidden_size, bias=False) if latent else None
-        self.dispatcher: Dispatcher = AllToAll(layout) if layout.size > 1 else Local(layout)
+        self.dispatcher: Dispatcher = dispatcher or (AllToAll(layout) if layout.size > 1 else Local(layout))
         self.experts = Experts(
             width,
             config.expert_intermediate_size,

@@ -106,6 +106,22 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["model.moe=null", "model.intermediate_size=64", "parallel.expert_parallel_size=2"],
         ["expert_parallel_size is 2", "no experts", "Use 1, or add model.moe"],
     ),
+    "DeepEP without a journey": (
+        ["parallel.dispatch=deepep", "train.precision=bf16"],
+        ["dispatch is deepep", "expert_parallel_size is 1", "no effect", "Remove it"],
+    ),
+    "DeepEP in float32": (
+        ["parallel.dispatch=deepep", "parallel.expert_parallel_size=2", "train.precision=fp32"],
+        ["dispatch is deepep", "precision is fp32", "Use train.precision=bf16"],
+    ),
+    "experts recomputed in a dense model": (
+        ["model.moe=null", "model.intermediate_size=64", "train.activation_recomputation=experts"],
+        ["activation_recomputation is experts", "dense", "no effect"],
+    ),
+    "latent as wide as the model": (
+        ["model.moe.latent_size=64"],
+        ["latent_size is 64", "hidden_size is", "Use less than"],
+    ),
     "bf16 under stage 0": (
         ["parallel.zero_stage=0", "train.precision=bf16"],
         ["zero_stage is 0", "bf16", "Use zero_stage 1, or fp32"],
