@@ -218,7 +218,7 @@ def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: Exi
 def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainState") -> None:
     if not ranks.speaks:
         return
-    from moe.model import count
+    from moe.model import count, kept_by_experts
 
     say = log.get().info
     ep, zero = run.parallel.expert_parallel_size, run.parallel.zero_stage
@@ -228,6 +228,14 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
     except ExportError as error:
         log.get().warning("this model cannot be exported: %s", error)
     say("%s: %s", run.name, count(run.model, run.data.sequence_length).sentence())
+    if run.model.moe is not None:
+        train = run.train
+        kept = kept_by_experts(run.model, train.precision, train.activation_recomputation)
+        say(
+            "routed experts keep %d bytes of activations per token for backward, %.3g GB a micro-batch",
+            kept,
+            kept * train.micro_batch_size * run.data.sequence_length / 1e9,
+        )
     say(
         "%d ranks on %s, EP %d, ZeRO %d, %s, %d sequences of %d tokens a step in %d micro-batches a rank",
         ranks.world_size,

@@ -1,7 +1,7 @@
 """A decoder-only Transformer: a layer is a token mixer followed by a channel mixer, dense or sparse."""
 
-from moe.model.count import Count, count
+from moe.model.count import Count, count, kept_by_experts
 from moe.model.init import initialize
 from moe.model.transformer import ModelOutput, Transformer
 
-__all__ = ["Count", "ModelOutput", "Transformer", "count", "initialize"]
+__all__ = ["Count", "ModelOutput", "Transformer", "count", "initialize", "kept_by_experts"]

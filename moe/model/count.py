@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from moe.config import ModelConfig
+from moe.config.model import Precision
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,18 @@ def count(config: ModelConfig, sequence_length: int) -> Count:
         active_parameters=active + active_biases + head + embedding + small,
         flops_per_token=6 * (active + head) + causal_attention,
     )
+
+
+def kept_by_experts(config: ModelConfig, precision: Precision, recompute: str) -> int:
+    """Bytes of activations that routed experts keep for backward, per token of a micro-batch, over all layers.
+
+    The pre-activations of gate and up, 2 F for each of K choices; nothing when they are recomputed, by experts
+    or with their whole block. Tokens are read where they are, and outputs are not kept at all.
+    """
+    if config.moe is None or recompute != "none":
+        return 0
+    size = {"fp32": 4, "bf16": 2}[precision]
+    return len(config.sparse_layers) * config.moe.top_k * 2 * config.moe.expert_intermediate_size * size
 
 
 def _short(number: int) -> str:

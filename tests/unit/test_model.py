@@ -1,6 +1,6 @@
 """The model's parts by their laws: cross-entropy, recomputation, counts, initialisation, causality."""
 
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.config import AttentionConfig, ModelConfig, MoEConfig
-from moe.model import ModelOutput, Transformer, count, initialize
+from moe.model import ModelOutput, Transformer, count, initialize, kept_by_experts
 from moe.model import head as heads
 from moe.model.head import Head
 from moe.sparse import ExpertLayout
@@ -27,6 +27,17 @@ def _config(**changes: Any) -> ModelConfig:
 
 
 VARIANTS = {
+    "GPT-OSS's experts, latent": {
+        "moe": MoEConfig(
+            num_experts=4,
+            top_k=2,
+            expert_intermediate_size=8,
+            expert_activation="gpt_oss",
+            activation_limit=0.01,
+            expert_bias=True,
+            latent_size=6,
+        )
+    },
     "sparse": {},
     "first dense": {
         "intermediate_size": 24,
@@ -145,7 +156,7 @@ def test_cross_entropy_holds_one_chunk_of_logits(monkeypatch: pytest.MonkeyPatch
 def test_recomputation_changes_no_bit_and_counts_once(config: ModelConfig) -> None:
     ids, labels, mask = _batch()
     grads, counts = [], []
-    for recompute in ("none", "block"):
+    for recompute in ("none", "block", "experts"):
         model = Transformer(config, recompute=recompute)
         initialize(model, 7)
         output = model(ids, labels, mask)
@@ -154,10 +165,35 @@ def test_recomputation_changes_no_bit_and_counts_once(config: ModelConfig) -> No
         (output.cross_entropy + aux).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
         counts.append([r.counts_E.tolist() for r in output.records])
-    assert counts[0] == counts[1]
+    assert counts[0] == counts[1] == counts[2]
     for name, grad in grads[0].items():
         assert grad is not None
-        assert torch.equal(grad, grads[1][name]), name  # type: ignore[arg-type]  # not None, as above
+        for other in grads[1:]:
+            assert torch.equal(grad, other[name]), name  # type: ignore[arg-type]  # not None, as above
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_experts_keep_for_backward_is_what_is_stated(
+    config: ModelConfig, precision: Literal["fp32", "bf16"]
+) -> None:
+    """Of all tensors that autograd keeps, recomputing the experts saves exactly the stated bytes."""
+    ids, labels, _ = _batch()
+    kept = []
+    for recompute in ("none", "experts"):
+        model = Transformer(config, recompute=recompute)
+        initialize(model, 7)
+        model = model.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        storages: dict[int, torch.Tensor] = {}
+
+        def keep(tensor: torch.Tensor, storages: dict[int, torch.Tensor] = storages) -> torch.Tensor:
+            storages[tensor.untyped_storage().data_ptr()] = tensor
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            model(ids, labels)
+        kept.append(sum(tensor.untyped_storage().nbytes() for tensor in storages.values()))
+    assert kept[0] - kept[1] == kept_by_experts(config, precision, "none") * ids.numel()
+    assert kept_by_experts(config, precision, "experts") == 0
 
 
 def test_experts_are_initialised_alike_at_any_expert_parallel_size() -> None:
