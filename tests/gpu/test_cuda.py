@@ -1,6 +1,7 @@
-"""The same code on a CUDA device; collected everywhere, skipped where there is none."""
+"""The same code on a CUDA device; collected everywhere, there skipped where there is none, and run on CPU too."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -9,35 +10,72 @@ from moe.config import MoEConfig
 from moe.sparse import ExpertLayout, SparseMoE
 from moe.sparse.reference import ReferenceWeights, sparse_layer
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none here"),
-]
-
-
-@pytest.mark.parametrize(
-    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 4e-2)]
+CUDA = pytest.param(
+    "cuda",
+    marks=[
+        pytest.mark.gpu,
+        pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none here"),
+    ],
 )
-def test_layer_equals_reference_on_cuda(dtype: torch.dtype, bound: float) -> None:
+REFERENCE = {
+    "router.weight": "router_ED",
+    "experts.gate_up": "gate_up_E2FD",
+    "experts.gate_up_bias": "gate_up_bias_E2F",
+    "experts.down": "down_EDF",
+    "experts.down_bias": "down_bias_ED",
+    "to_latent.weight": "to_latent_LD",
+    "from_latent.weight": "from_latent_DL",
+    "shared_expert.gate.weight": "shared_gate_FD",
+    "shared_expert.up.weight": "shared_up_FD",
+    "shared_expert.down.weight": "shared_down_DF",
+}
+"""Parameters of the layer -> their names in the reference."""
+SHAPES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "GPT-OSS's experts": {"expert_activation": "gpt_oss", "activation_limit": 0.5, "expert_bias": True},
+    "shared, latent": {"shared_expert_intermediate_size": 24, "latent_size": 16},
+}
+
+
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("masked", [False, True], ids=["", "masked"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("dtype", "bound"), [(torch.float64, 1e-10), (torch.float32, 1e-4), (torch.bfloat16, 4e-2)], ids=str
+)
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_layer_equals_reference(
+    device: str, dtype: torch.dtype, bound: float, shape: str, masked: bool, recompute: bool
+) -> None:
     draw = torch.Generator().manual_seed(0)
-    layer = SparseMoE(32, MoEConfig(num_experts=8, top_k=2, expert_intermediate_size=16), ExpertLayout(8))
+    config = MoEConfig(num_experts=8, top_k=2, expert_intermediate_size=16, **SHAPES[shape])
+    layer = SparseMoE(32, config, ExpertLayout(8), recompute=recompute)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=draw)
     layer = layer.to(dtype)
     x = torch.randn(64, 32, generator=draw).to(dtype)
-    weights = ReferenceWeights(
-        router_ED=layer.router.weight.detach().double(),
-        gate_up_E2FD=layer.experts.gate_up.detach().double(),
-        down_EDF=layer.experts.down.detach().double(),
-    )
-    expected = sparse_layer(x.double(), weights, top_k=2, normalize=True).y_TD
-    y, record = layer.cuda()(x.cuda())
-    y.float().square().mean().backward()
-    assert float((y.detach().cpu().double() - expected).abs().max() / expected.abs().max()) < bound
-    assert int(record.counts_E.sum()) == 128
-    assert all(p.grad is not None and bool(p.grad.isfinite().all()) for p in layer.parameters())
+    grad = torch.randn(64, 32, generator=draw).to(dtype)
+    mask = torch.arange(64) % 5 > 0 if masked else None
+    leaves = {name: p.detach().double().requires_grad_() for name, p in layer.named_parameters()}
+    weights = ReferenceWeights(**{REFERENCE[name]: leaf for name, leaf in leaves.items()})
+    expected = sparse_layer(x.double(), weights, config, mask_T=mask)
+    expected.y_TD.backward(grad.double())
+
+    y, record = layer.to(device)(x.to(device), None if mask is None else mask.to(device))
+    y.backward(grad.to(device))
+    assert int(record.counts_E.sum()) == 2 * (64 if mask is None else int(mask.sum()))
+    found = {"y": y, **{name: p.grad for name, p in layer.named_parameters()}}
+    right = {"y": expected.y_TD, **{name: leaf.grad for name, leaf in leaves.items()}}
+    for name, tensor in right.items():
+        ours = found[name]
+        assert tensor is not None
+        assert ours is not None
+        distance = float((ours.detach().cpu().double() - tensor.detach()).norm() / tensor.norm())
+        assert distance < bound, (name, distance)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none here")
 def test_a_recipe_trains_on_cuda_in_bf16(tmp_path: Path) -> None:
     from moe import dist
     from tests.dist.layouts import curve, start, tiny, train
