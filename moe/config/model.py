@@ -40,7 +40,8 @@ class MoEConfig(Section):
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become scores: over all experts (arXiv:1701.06538), or each on its own (arXiv:2412.19437)."""
     normalize_top_k: bool = True
-    """Divide the chosen scores by their sum; with softmax this equals a softmax after the choice (Mixtral)."""
+    """Divide the chosen scores by their sum; with softmax this is the softmax over the chosen logits alone (Mixtral,
+    GPT-OSS). With false and a top_k of 1: Switch (arXiv:2101.03961)."""
     route_scale: PositiveFloat = 1.0
     """Factor on the routing weights (DeepSeek-V3: 2.5)."""
     num_expert_groups: Size | None = None

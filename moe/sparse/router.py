@@ -51,7 +51,10 @@ class Router(nn.Module):
     """Scores, a choice of K, and their weights, all in float32 or wider.
 
     The choice sees scores plus the selection bias, within the allowed groups; weights come from the scores alone
-    (arXiv:2412.19437, eq. 12-16; softmax: arXiv:2006.16668, eq. 1-3).
+    (arXiv:2412.19437, eq. 12-16; softmax: arXiv:2006.16668, eq. 1-3). Top 1 with the raw softmax score is Switch
+    (arXiv:2101.03961, eq. 1-2). Softmax scores of the chosen, divided by their sum, are the softmax over the
+    chosen logits (Mixtral, arXiv:2401.04088, section 2.1; GPT-OSS), whatever the groups, the bias and the scale:
+    there is no separate option for it.
     """
 
     def __init__(self, hidden_size: int, config: MoEConfig) -> None:
@@ -70,10 +73,7 @@ class Router(nn.Module):
             logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
             scores_TE, probabilities_TE = self._scores(logits_TE)
         ids_TK = self._choose(scores_TE)
-        weights_TK = scores_TE.gather(1, ids_TK)
-        if self.config.normalize_top_k:
-            weights_TK = weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
-        weights_TK = weights_TK * self.config.route_scale
+        weights_TK = self._weigh(logits_TE, scores_TE, ids_TK) * self.config.route_scale
         if mask_T is not None:
             weights_TK = weights_TK * mask_T.unsqueeze(-1)
         return Routing(
@@ -105,6 +105,16 @@ class Router(nn.Module):
                 self.config.group_score,
             )
         return torch.topk(preference_TE, self.config.top_k, dim=-1).indices
+
+    def _weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+        """The chosen scores, divided by their sum if so configured."""
+        if not self.config.normalize_top_k:
+            return scores_TE.gather(1, ids_TK)
+        if self.config.router_score == "softmax":
+            # The quotient itself, but a bias may choose experts whose probabilities all underflow to 0.
+            return torch.softmax(logits_TE.gather(1, ids_TK), dim=-1)
+        weights_TK = scores_TE.gather(1, ids_TK)
+        return weights_TK / (weights_TK.sum(dim=-1, keepdim=True) + 1e-20)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Router":
         """Follow `.to(...)` and the like, but for the bias's dtype.

@@ -27,13 +27,73 @@ def _dense(ids_TK: torch.Tensor, weights_TK: torch.Tensor) -> torch.Tensor:
     return torch.zeros(ids_TK.shape[0], 8).scatter_(1, ids_TK, weights_TK)
 
 
-def test_softmax_after_the_choice_equals_softmax_before_it_normalised() -> None:
-    router, x = _router(), _x()
+@pytest.mark.parametrize(
+    "settings_",
+    [
+        {},
+        {"top_k": 8},
+        {"route_scale": 2.5},
+        {"num_expert_groups": 4, "top_k_groups": 2},
+        {"selection_bias": True},
+        {"num_expert_groups": 2, "top_k_groups": 1, "selection_bias": True, "route_scale": 0.5},
+    ],
+)
+def test_softmax_after_the_choice_is_softmax_before_it_normalised(settings_: dict[str, object]) -> None:
+    """So `normalize_top_k` says it all: the quotient of scores is GPT-OSS's softmax over the chosen logits."""
+    router, x = _router(**settings_).double(), _x().double()
+    if router.selection_bias_E is not None:
+        router.selection_bias_E.copy_(torch.linspace(0.3, -0.3, 8))
     routing = router(x)
-    best = torch.topk(x @ router.weight.t(), 2)
-    torch.testing.assert_close(
-        _dense(routing.ids_TK, routing.weights_TK), _dense(best.indices, torch.softmax(best.values, -1))
+    chosen = torch.softmax(x @ router.weight.t(), -1).gather(1, routing.ids_TK)
+    after = torch.softmax((x @ router.weight.t()).gather(1, routing.ids_TK), -1)
+    scale = router.config.route_scale
+    torch.testing.assert_close(chosen / chosen.sum(-1, keepdim=True), after)
+    torch.testing.assert_close(routing.weights_TK, after * scale)
+
+
+def test_gpt_oss_router_is_that_of_transformers() -> None:
+    from transformers import GptOssConfig
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssTopKRouter
+
+    stock, router = (
+        GptOssTopKRouter(GptOssConfig(hidden_size=16, num_local_experts=8, num_experts_per_tok=2)),
+        _router(),
     )
+    stock.weight.data.copy_(router.weight)
+    _, weights, ids = stock(_x())
+    routing = router(_x())
+    torch.testing.assert_close(_dense(routing.ids_TK, routing.weights_TK), _dense(ids, weights))
+
+
+def test_normalised_weights_survive_a_choice_among_vanishing_probabilities() -> None:
+    router = _router(selection_bias=True)
+    assert router.selection_bias_E is not None
+    router.selection_bias_E[:6] = -2.0
+    router.weight.data.zero_()
+    router.weight.data[0, 0] = 200.0  # so that experts 6 and 7 have probability 0 in float32
+    x = torch.ones(3, 16)
+    routing = router(x)
+    assert routing.ids_TK.sort(-1).values.tolist() == [[6, 7]] * 3
+    assert not routing.probabilities_TE[:, 6:].any()
+    assert routing.weights_TK.tolist() == [[0.5, 0.5]] * 3
+
+
+def test_switch_sends_a_token_to_its_best_expert_by_the_raw_probability() -> None:
+    """Top 1 of arXiv:2101.03961, eq. 2: undivided, or the router would learn nothing."""
+    from transformers import SwitchTransformersConfig
+    from transformers.models.switch_transformers.modeling_switch_transformers import (
+        SwitchTransformersTop1Router,
+    )
+
+    config = SwitchTransformersConfig(d_model=16, num_experts=8, expert_capacity=64, router_jitter_noise=0.0)
+    stock, router = SwitchTransformersTop1Router(config), _router(top_k=1, normalize_top_k=False)
+    stock.classifier.weight.data.copy_(router.weight)
+    one_hot, probability, _ = stock(_x().unsqueeze(0))
+    routing = router(_x())
+    assert torch.equal(_dense(routing.ids_TK, torch.ones(64, 1)).long(), one_hot[0])
+    torch.testing.assert_close(routing.weights_TK, probability[0])
+    routing.weights_TK.sum().backward()
+    assert float(router.weight.grad.abs().max()) > 1e-3  # type: ignore[union-attr]  # backward made it
 
 
 def test_deepseek_v3s_router_is_that_of_transformers() -> None:
