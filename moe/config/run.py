@@ -99,6 +99,8 @@ class BalanceConfig(Section):
     """How far an expert's selection bias moves against its load at each step (arXiv:2408.15664, alg. 1)."""
     bias_update: Literal["sign", "proportional"] = "sign"
     """Move by the rate, or by the rate times the relative violation."""
+    router_jitter: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
+    """While training, multiply what routers see by uniform noise in 1 +- this (arXiv:2101.03961, section 2.2)."""
     capacity_factor: Annotated[float, Field(gt=0.0, le=1e6)] | None = None
     """Rows an expert accepts from a rank's micro-batch, over the mean; what is beyond is dropped. Null: no limit."""
     drop_by: Literal["score", "position"] = "score"

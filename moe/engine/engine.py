@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ from moe.engine.library import deepspeed
 from moe.errors import TrainingError
 from moe.loss import Losses, Totals
 from moe.model import ModelOutput, Transformer
-from moe.sparse import balance
+from moe.seed import number
+from moe.sparse import Jitter, balance
 
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # isort: skip
 
@@ -93,14 +95,15 @@ class Engine:
         """
         batches = [_on(self.ranks.device, batch) for batch in batches]
         self.wrapped.train()
-        totals = self._totals(batches)
+        jitters = self._jitters(batches, step)
+        totals = self._totals(batches, jitters)
         rate = optim.learning_rate(self.run.train, step)
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = rate
         sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
         load, norm = None, None
-        for batch in batches:
-            output = self.wrapped(batch.input_ids_BS, batch.labels_BS, batch.mask_BS)
+        for batch, jitter in zip(batches, jitters, strict=True):
+            output = self.wrapped(batch.input_ids_BS, batch.labels_BS, batch.mask_BS, jitter)
             here = self._losses(output, batch, totals)
             self.wrapped.backward(here.total * (self.ranks.world_size * len(batches)))
             if self.run.parallel.zero_stage == 0 and batch is batches[-1]:
@@ -140,12 +143,23 @@ class Engine:
         nats, tokens = self.ranks.sum(sums).unbind()
         return nats, tokens
 
-    def _totals(self, batches: Sequence[Batch]) -> Totals:
+    def _jitters(self, batches: Sequence[Batch], step: int) -> list[Jitter | None]:
+        """Noise for each micro-batch by its place in the global batch: moe.data.loader deals rows in that order."""
+        epsilon, sizes = self.run.balance.router_jitter, [batch.mask_BS.numel() for batch in batches]
+        if not epsilon:
+            return [None] * len(batches)
+        key = number("router jitter", self.run.seed, step)
+        firsts = accumulate(sizes[:-1], initial=self.ranks.rank * sum(sizes))
+        places = [range(first, first + size) for first, size in zip(firsts, sizes, strict=True)]
+        return [Jitter.of(epsilon, key, here, self.ranks.device) for here in places]
+
+    def _totals(self, batches: Sequence[Batch], jitters: Sequence[Jitter | None]) -> Totals:
         counts = None
         if self._needs_global_counts() and len(batches) > 1:
             # The load of the whole batch must be known before the first backward: count it in a pass of its own.
             with torch.no_grad():
-                outputs = [self.model(b.input_ids_BS, b.labels_BS, b.mask_BS) for b in batches]
+                pairs = zip(batches, jitters, strict=True)
+                outputs = [self.model(b.input_ids_BS, b.labels_BS, b.mask_BS, noise) for b, noise in pairs]
             loads = [loss.local_load(output) for output in outputs]
             counts = torch.stack([load[:, :-1] for load in loads if load is not None]).sum(0)
         masks = [batch.mask_BS for batch in batches]

@@ -9,7 +9,7 @@ from moe.config import ModelConfig
 from moe.model.attention import Attention
 from moe.model.norm import RMSNorm
 from moe.model.rope import Rotation
-from moe.sparse import Capacity, Dispatcher, ExpertLayout, RoutingRecord, SparseMoE
+from moe.sparse import Capacity, Dispatcher, ExpertLayout, Jitter, RoutingRecord, SparseMoE
 from moe.sparse.swiglu import SwiGLU
 
 
@@ -39,7 +39,7 @@ class Block(nn.Module):
             self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, mask_BS: Tensor | None = None
+        self, x_BSD: Tensor, rotation: Rotation, mask_BS: Tensor | None = None, jitter: Jitter | None = None
     ) -> tuple[Tensor, RoutingRecord | None]:
         """[B, S, D] -> [B, S, D] and, from a sparse layer, its routing."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotation)
@@ -47,5 +47,5 @@ class Block(nn.Module):
         if not isinstance(self.ffn, SparseMoE):
             return x_BSD + self.ffn(h_BSD), None
         mask_T = None if mask_BS is None else mask_BS.flatten()
-        y_TD, record = self.ffn(h_BSD.flatten(0, 1), mask_T)
+        y_TD, record = self.ffn(h_BSD.flatten(0, 1), mask_T, jitter)
         return x_BSD + y_TD.view_as(x_BSD), record

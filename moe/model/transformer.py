@@ -15,7 +15,7 @@ from moe.model.block import Block
 from moe.model.head import Head
 from moe.model.norm import RMSNorm
 from moe.model.rope import rotation
-from moe.sparse import Capacity, Dispatcher, ExpertLayout, RoutingRecord
+from moe.sparse import Capacity, Dispatcher, ExpertLayout, Jitter, RoutingRecord
 from moe.sparse.router import Router
 
 
@@ -59,24 +59,30 @@ class Transformer(nn.Module):
             self.embed.weight = self.head.weight
 
     def forward(
-        self, input_ids_BS: Tensor, labels_BS: Tensor | None = None, mask_BS: Tensor | None = None
+        self,
+        input_ids_BS: Tensor,
+        labels_BS: Tensor | None = None,
+        mask_BS: Tensor | None = None,
+        jitter: Jitter | None = None,
     ) -> Tensor | ModelOutput:
         """Logits [B, S, V]; with labels (int64 [B, S], the next tokens), a `ModelOutput` instead.
 
-        Positions whose `mask_BS` (bool) is False add to no loss and no count.
+        Positions whose `mask_BS` (bool) is False add to no loss and no count. `jitter` is the noise of this batch's
+        B S tokens for every layer's router.
         """
         x_BSD = self.embed(input_ids_BS)
         turn = rotation(
             input_ids_BS.shape[1], self.config.head_dim, self.config.attention.rope_theta, x_BSD.device
         )
         records = []
-        for layer in self.layers:
+        for index, layer in enumerate(self.layers):
+            noise = None if jitter is None else jitter.of_layer(index)
             if self.recompute == "block" and torch.is_grad_enabled():
                 x_BSD, record = checkpoint(
-                    layer, x_BSD, turn, mask_BS, use_reentrant=False, preserve_rng_state=False
+                    layer, x_BSD, turn, mask_BS, noise, use_reentrant=False, preserve_rng_state=False
                 )
             else:
-                x_BSD, record = layer(x_BSD, turn, mask_BS)
+                x_BSD, record = layer(x_BSD, turn, mask_BS, noise)
             if record is not None:
                 records.append(record)
         h_BSD = self.norm(x_BSD)

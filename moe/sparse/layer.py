@@ -11,6 +11,7 @@ from moe.sparse.activation import GatedUnit
 from moe.sparse.capacity import Capacity, accepted
 from moe.sparse.dispatch import AllToAll, Dispatcher, Local
 from moe.sparse.experts import Experts
+from moe.sparse.jitter import Jitter
 from moe.sparse.plan import ExpertLayout
 from moe.sparse.router import Router, Routing, RoutingRecord
 from moe.sparse.swiglu import SwiGLU
@@ -52,9 +53,11 @@ class SparseMoE(nn.Module):
         self.shared_expert = SwiGLU(hidden_size, shared) if shared else None
         self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
-    def forward(self, x_TD: Tensor, token_mask_T: Tensor | None = None) -> tuple[Tensor, RoutingRecord]:
+    def forward(
+        self, x_TD: Tensor, token_mask_T: Tensor | None = None, jitter: Jitter | None = None
+    ) -> tuple[Tensor, RoutingRecord]:
         """[T, D] -> [T, D]; masked tokens (False) get nothing from routed experts and count nowhere."""
-        routing = self.router(x_TD, token_mask_T)
+        routing = self.router(x_TD, token_mask_T, jitter)
         sent_TK, num_dropped = self._accept(routing, token_mask_T)
         latent_TD = x_TD if self.to_latent is None else self.to_latent(x_TD)
         dispatched = self.dispatcher.dispatch(latent_TD, routing.ids_TK, routing.weights_TK, sent_TK)

@@ -57,19 +57,21 @@ def sparse_layer(
     *,
     mask_T: Tensor | None = None,
     selection_bias_E: Tensor | None = None,
+    jitter_TD: Tensor | None = None,
     capacity: Capacity | None = None,
     micro_batches: int = 1,
 ) -> ReferenceOutput:
     """The layer's definition over the whole batch of T tokens, with the global-batch balancing loss.
 
-    A capacity counts within each of the `micro_batches` equal parts of the batch. Raises `ValueError` unless
-    every tensor is float64.
+    A capacity counts within each of the `micro_batches` equal parts of the batch; `jitter_TD` are factors on what
+    the router sees. Raises `ValueError` unless every tensor is float64.
     """
     tensors = [x_TD, *(t for t in vars(weights).values() if t is not None)]
     if any(t.dtype != torch.float64 for t in tensors):
         raise ValueError("the reference is defined in float64: convert x and every weight with .double()")
     mask = [True] * len(x_TD) if mask_T is None else mask_T.tolist()
-    choices = [_route(x, weights.router_ED, config, selection_bias_E) for x in x_TD]
+    seen_TD = x_TD if jitter_TD is None else x_TD * jitter_TD
+    choices = [_route(x, weights.router_ED, config, selection_bias_E) for x in seen_TD]
     dropped = _dropped(choices, mask, config, capacity, micro_batches)
     outputs = []
     counts = torch.zeros(config.num_experts, dtype=torch.int64)

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import MoEConfig
+from moe.sparse.jitter import Jitter
 
 
 @dataclass(frozen=True)
@@ -65,12 +66,18 @@ class Router(nn.Module):
         self.selection_bias_E: Tensor | None
         self.register_buffer("selection_bias_E", bias)
 
-    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None) -> Routing:
-        """Route [T, D]; tokens whose `mask_T` (bool) is False get weight 0 and are not counted."""
+    def forward(self, x_TD: Tensor, mask_T: Tensor | None = None, jitter: Jitter | None = None) -> Routing:
+        """Route [T, D]; tokens whose `mask_T` (bool) is False get weight 0 and are not counted.
+
+        `jitter` is multiplied into what is routed, here alone: experts see x as it is.
+        """
         wide = torch.promote_types(x_TD.dtype, torch.float32)
+        x_TD = x_TD.to(wide)
+        if jitter is not None:
+            x_TD = x_TD * jitter.factors(x_TD.shape[1], wide)
         # Outside any autocast: rounding a logit to bf16 changes choices, not only weights.
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD.to(wide), self.weight.to(wide))
+            logits_TE = F.linear(x_TD, self.weight.to(wide))
             scores_TE, probabilities_TE = self._scores(logits_TE)
         ids_TK = self._choose(scores_TE)
         weights_TK = self._weigh(logits_TE, scores_TE, ids_TK) * self.config.route_scale

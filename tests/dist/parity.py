@@ -68,6 +68,7 @@ BALANCES: dict[str, dict[str, Any]] = {
     "sequence": {},
     "global batch": {"sequence_loss_weight": 0.0, "global_batch_loss_weight": 0.01},
     "loss-free, sign": {"sequence_loss_weight": 0.0, "bias_update_rate": 0.02},
+    "jitter": {"router_jitter": 0.2, "sequence_loss_weight": 0.0, "global_batch_loss_weight": 0.01},
     "all at once": {
         "global_batch_loss_weight": 0.02,
         "bias_update_rate": 0.02,
@@ -135,6 +136,10 @@ def matrix() -> list[Layout]:
             ("GPT-OSS's experts, latent", 2, 1, 2),
             ("GPT-OSS's experts, latent", 4, 4, 1),
         )
+    ]
+    layouts += [
+        Layout(w, ep, z, a, balance="jitter", recompute="block" if a == 2 else "none")
+        for w, ep, z, a in ((1, 1, 1, 2), (2, 2, 1, 1), (4, 2, 2, 2))
     ]
     layouts += [Layout(w, 1, z, 1, model="dense") for w, z in ((2, 0), (2, 2), (4, 1))]
     return layouts

@@ -1,10 +1,13 @@
 """Any layout trains as one process does: loss within 1e-5, gradient norm within 1e-4, each of 20 steps."""
 
+import json
 from pathlib import Path
 
 import pytest
 
+from tests.dist.layouts import batches, ranks_of, start, tiny, train
 from tests.dist.parity import Curve, Layout, curves, deviation, matrix
+from tests.harness import run_ranks
 
 
 @pytest.fixture(scope="module")
@@ -43,3 +46,21 @@ def test_bf16_stays_near_one_process(tmp_path: Path) -> None:
         far = deviation(found[layout], found[layout.reference()])
         assert far.loss < 1e-2, layout
         assert far.gradient_norm < 5e-2, layout
+
+
+def _evaluated_and_trained(rank: int, folder: Path) -> None:
+    for epsilon in (0.0, 0.2):
+        run = tiny(balance={"router_jitter": epsilon})
+        engine = start(run, ranks_of(rank, 1, 1))
+        held_out = batches(run, engine.ranks, 5)
+        nats, tokens = engine.evaluate(held_out)
+        trained = train(engine, 0, 1)[0]
+        engine.wrapped.destroy()
+        (folder / str(epsilon)).write_text(json.dumps([float(nats), float(tokens), float(trained.total)]))
+
+
+def test_evaluation_sees_no_jitter_and_training_does(tmp_path: Path) -> None:
+    run_ranks(_evaluated_and_trained, 1, tmp_path, tmp_path)
+    plain, jittered = (json.loads((tmp_path / name).read_text()) for name in ("0.0", "0.2"))
+    assert plain[:2] == jittered[:2]
+    assert abs(plain[2] - jittered[2]) > 1e-6

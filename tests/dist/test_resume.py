@@ -37,7 +37,7 @@ def _run(folder: Path, ep: int, zero: int, precision: str = "fp32", **train: obj
         parallel={"expert_parallel_size": ep, "zero_stage": zero},
         train={"micro_batch_size": 2, "precision": precision, **train},
         model={"moe": MOE},
-        balance={"bias_update_rate": 0.01, "bias_update": "proportional"},
+        balance={"bias_update_rate": 0.01, "bias_update": "proportional", "router_jitter": 0.05},
     )
 
 

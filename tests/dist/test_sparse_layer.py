@@ -13,7 +13,7 @@ from torch import Tensor
 from moe.config import BalanceConfig, MoEConfig
 from moe.loss import Totals, losses
 from moe.model import ModelOutput
-from moe.sparse import Capacity, ExpertLayout, SparseMoE
+from moe.sparse import Capacity, ExpertLayout, Jitter, SparseMoE
 from moe.sparse.reference import ReferenceWeights, sparse_layer
 from tests.harness import run_ranks
 
@@ -42,6 +42,7 @@ class Case:
     groups: tuple[int, int, str] | None = None  # groups, of which a token may visit, score of a group
     bias: bool = False
     capacity: Capacity | None = None
+    jitter: float = 0.0
 
     @property
     def config(self) -> MoEConfig:
@@ -84,6 +85,8 @@ CASES = [
     Case("drop with masked tokens", capacity=Capacity(0.7, "position"), masked="some", shared=6),
     Case("drop with one rank all masked", capacity=Capacity(1.0, "score"), masked="rank"),
     Case("drop with all masked", capacity=Capacity(1.0, "score"), masked="all"),
+    Case("jitter", jitter=0.3, shared=6),
+    Case("jitter, masked, sigmoid", jitter=0.9, masked="some", score="sigmoid", bias=True),
 ]
 
 SWITCHES = itertools.product(
@@ -176,12 +179,17 @@ def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) ->
     leaves = {k: v.requires_grad_() for k, v in vars(weights).items() if v is not None}
     x_ref = x.clone().requires_grad_()
     bias = torch.linspace(-0.3, 0.3, case.experts) if case.bias else None
+
+    def noise(places: range) -> Jitter:
+        return Jitter.of(case.jitter, 77, places)
+
     expected = sparse_layer(
         x_ref,
         weights,
         case.config,
         mask_T=mask,
         selection_bias_E=bias,
+        jitter_TD=noise(range(case.tokens)).factors(case.hidden, torch.float64),
         capacity=case.capacity,
         micro_batches=world_size,
     )
@@ -202,7 +210,7 @@ def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) ->
     )
     x_here = x[local].clone().requires_grad_()
     mask_here = None if mask is None else mask[local]
-    y, record = layer(x_here, mask_here)
+    y, record = layer(x_here, mask_here, noise(range(case.tokens)[local]) if case.jitter else None)
     kept = torch.ones(x_here.shape[0], dtype=torch.bool) if mask_here is None else mask_here
     counts = record.counts_E.clone()
     tokens = kept.sum().double()

@@ -158,6 +158,7 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["balance.drop_by=position"],
         ["drop_by is position", "nothing is dropped", "capacity_factor"],
     ),
+    "noise beyond the signal": (["balance.router_jitter=1.0"], ["router_jitter is 1.0", "less than 1"]),
     "bias that nothing moves": (
         ["model.moe.selection_bias=true"],
         ["selection_bias is true", "bias_update_rate is 0", "no effect", "Set balance.bias_update_rate"],
