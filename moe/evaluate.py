@@ -12,7 +12,7 @@ import torch
 
 from moe import log
 from moe.checkpoint.read import SavedModel
-from moe.config import RunConfig, check_data
+from moe.config import RunConfig, cautions, check_data
 from moe.data.loader import validation_batches
 from moe.data.shards import TokenData
 from moe.errors import CheckpointError, ConfigError, DataError, clean_exit
@@ -43,6 +43,8 @@ def evaluate(run_folder: Path, step: int | None = None, batch_size: int = 16) ->
     Step 0 is the untrained model, drawn again from the recipe's seed. Raises `CheckpointError` or `DataError`.
     """
     run, model, step = _load(run_folder, step)
+    for caution in cautions(run.model):
+        log.get().warning(caution)
     data = TokenData.open(Path(run.data.path), verify=run.data.verify_hashes)
     check_data(run, data)
     if not data.num_tokens("validation"):

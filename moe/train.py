@@ -14,7 +14,7 @@ import click
 from moe import dist, log
 from moe.checkpoint import identity
 from moe.checkpoint.lock import held
-from moe.config import RunConfig, check_data, check_world
+from moe.config import RunConfig, cautions, check_data, check_world
 from moe.data.shards import TokenData
 from moe.engine import ds_config
 from moe.errors import EXIT_STOPPED, ConfigError, ExportError, TurnoutError, clean_exit
@@ -227,6 +227,8 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
         check_exportable(run.model)
     except ExportError as error:
         log.get().warning("this model cannot be exported: %s", error)
+    for caution in cautions(run.model):
+        log.get().warning(caution)
     say("%s: %s", run.name, count(run.model, run.data.sequence_length).sentence())
     if run.model.moe is not None:
         train = run.train

@@ -23,7 +23,7 @@ LAYOUT = (
     "deepspeed",
 )
 """What may differ between a run and its continuation: how it is computed, not what. A micro-batch's size is part
-of what is trained where a capacity or a loss counts within it."""
+of what is trained where a capacity, a loss or the experts' own choice counts within it."""
 
 
 def check(run: RunConfig, data_fingerprint: str) -> Manifest | None:
@@ -70,6 +70,7 @@ def _differences(saved: RunConfig, now: RunConfig) -> list[str]:
     before, after = _flat(saved.model_dump()), _flat(now.model_dump())
     balance = now.balance
     by_micro_batch = balance.capacity_factor is not None or balance.micro_batch_loss_weight > 0
+    by_micro_batch |= now.model.moe is not None and now.model.moe.router_choice != "token"
     free_keys = [key for key in LAYOUT if not (by_micro_batch and key == "train.micro_batch_size")]
     return [
         f"{key} was {before.get(key)!r} and is {after.get(key)!r}"

@@ -1,6 +1,7 @@
 """Every knob of a run: typed, strict, frozen."""
 
 from moe.config.base import Section
+from moe.config.cautions import cautions
 from moe.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe.config.rules import check_data, check_world
 from moe.config.run import (
@@ -29,6 +30,7 @@ __all__ = [
     "ScheduleConfig",
     "Section",
     "TrainConfig",
+    "cautions",
     "check_data",
     "check_world",
 ]

@@ -39,6 +39,11 @@ class MoEConfig(Section):
     """Width in which routed experts work, between projections to it and back (arXiv:2601.18089); null: hidden_size."""
     router_score: Literal["softmax", "sigmoid"] = "softmax"
     """How logits become scores: over all experts (arXiv:1701.06538), or each on its own (arXiv:2412.19437)."""
+    router_choice: Literal["token", "expert", "round_robin"] = "token"
+    """Who chooses. token: each token its top_k best experts. expert: each expert its best tokens of the micro-batch,
+    top_k a token on average (arXiv:2202.09368); later tokens then bear on earlier ones, so that causal training sees
+    a little of the future and the model cannot generate. round_robin: nobody; loads are equal whatever the weights,
+    for benchmarks, and no routing is learned."""
     normalize_top_k: bool = True
     """Divide the chosen scores by their sum; with softmax this is the softmax over the chosen logits alone (Mixtral,
     GPT-OSS). With false and a top_k of 1: Switch (arXiv:2101.03961)."""

@@ -203,6 +203,8 @@ def _balance(run: RunConfig) -> list[str]:
     faults, moe, default = [], run.model.moe, BalanceConfig()
     if moe is None:
         return []
+    if moe.router_choice != "token":
+        faults += _equal_loads(balance, moe.router_choice)
     if balance.bias_update_rate and not moe.selection_bias:
         faults.append(
             f"balance.bias_update_rate is {balance.bias_update_rate}, but model.moe.selection_bias is false: there "
@@ -225,3 +227,19 @@ def _balance(run: RunConfig) -> list[str]:
             f"Remove it, or set balance.capacity_factor."
         )
     return faults
+
+
+def _equal_loads(balance: BalanceConfig, chosen: str) -> list[str]:
+    """What balances loads has no effect where they are equal by construction."""
+    off = {
+        "sequence_loss_weight": "0",
+        "micro_batch_loss_weight": "0",
+        "global_batch_loss_weight": "0",
+        "capacity_factor": "null",
+    }
+    return [
+        f"balance.{key} is {getattr(balance, key)}, but model.moe.router_choice is {chosen}: experts have equal loads "
+        f"by construction, so it has no effect. Set balance.{key}={none}, or use router_choice token."
+        for key, none in off.items()
+        if getattr(balance, key)
+    ]

@@ -84,7 +84,7 @@ def _experts(model: ModelConfig) -> list[str]:
             f"model.moe.latent_size is {moe.latent_size}, but model.hidden_size is {model.hidden_size}: the latent "
             f"width saves work only where it is smaller. Use less than {model.hidden_size}, or remove it."
         )
-    faults += _groups(moe)
+    faults += _groups(moe) or _router_choice(moe)
     if moe.shared_expert_gate and moe.shared_expert_intermediate_size is None:
         faults.append(
             "model.moe.shared_expert_gate is true, but there is no shared expert, so it has no effect. Set "
@@ -124,3 +124,29 @@ def _groups(moe: MoEConfig) -> list[str]:
             f"Use group_score max, or fewer groups."
         ]
     return []
+
+
+def _router_choice(moe: MoEConfig) -> list[str]:
+    """What steers a token's choice has no effect where tokens do not choose."""
+    chosen, faults = moe.router_choice, []
+    if chosen == "token":
+        return []
+    if moe.num_expert_groups is not None:
+        faults.append(
+            f"model.moe.num_expert_groups is {moe.num_expert_groups}, but model.moe.router_choice is {chosen}: groups "
+            f"limit what a token chooses, and here tokens do not choose, so they have no effect. "
+            f"Remove num_expert_groups and top_k_groups, or use router_choice token."
+        )
+    if moe.selection_bias:
+        faults.append(
+            f"model.moe.selection_bias is true, but model.moe.router_choice is {chosen}: a bias steers the choice of "
+            f"tokens, and here they do not choose, so it has no effect. Set model.moe.selection_bias=false and "
+            f"balance.bias_update_rate=0, or use router_choice token."
+        )
+    if chosen == "expert" and moe.normalize_top_k:
+        faults.append(
+            "model.moe.normalize_top_k is true, but model.moe.router_choice is expert: a token that only one expert "
+            "takes would always weigh 1, and the router would learn nothing from it. Set "
+            "model.moe.normalize_top_k=false."
+        )
+    return faults

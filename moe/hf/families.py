@@ -168,6 +168,7 @@ _PLAIN_EXPERTS: dict[str, object] = {
 }
 _SOFTMAX_CHOICE: dict[str, object] = {
     **_PLAIN_EXPERTS,
+    "moe.router_choice": "token",
     "moe.router_score": "softmax",
     "moe.route_scale": 1.0,
     "moe.num_expert_groups": None,

@@ -17,7 +17,7 @@ def family_of(model: ModelConfig) -> Family:
     ways = sorted(lacking.items(), key=lambda item: len(item[1]))
     raise ExportError(
         f"this model has no stock architecture, so nothing outside could load it: {_spoken(kin, model)}. "
-        f"Change it to one of\n"
+        f"{_why(model)}Change it to one of\n"
         + "\n".join(f"       {model_type}: {', '.join(changes)}" for model_type, changes in ways)
     )
 
@@ -51,6 +51,12 @@ def _meets(model: ModelConfig, path: str, value: object) -> bool:
 def _spoken(kin: list[Family], model: ModelConfig) -> str:
     paths = dict.fromkeys(path for family in kin for path in family.needs if path != "moe")
     return ", ".join(f"model.{path}={_word(setting(model, path))}" for path in paths)
+
+
+def _why(model: ModelConfig) -> str:
+    if model.moe is None or model.moe.router_choice == "token":
+        return ""
+    return "In all stock architectures each token chooses its experts. "
 
 
 def _word(value: object) -> str:

@@ -58,7 +58,7 @@ class SparseMoE(nn.Module):
     ) -> tuple[Tensor, RoutingRecord]:
         """[T, D] -> [T, D]; masked tokens (False) get nothing from routed experts and count nowhere."""
         routing = self.router(x_TD, token_mask_T, jitter)
-        sent_TK, num_dropped = self._accept(routing, token_mask_T)
+        sent_TK, num_dropped = self._accept(routing)
         latent_TD = x_TD if self.to_latent is None else self.to_latent(x_TD)
         dispatched = self.dispatcher.dispatch(latent_TD, routing.ids_TK, routing.weights_TK, sent_TK)
         shared_TD = self._shared(x_TD)  # while rows travel
@@ -69,10 +69,10 @@ class SparseMoE(nn.Module):
             y_TD = y_TD + shared_TD
         return y_TD, routing.record(num_dropped)
 
-    def _accept(self, routing: Routing, mask_T: Tensor | None) -> tuple[Tensor | None, Tensor]:
-        """Which choices travel (None: all), and how many unmasked ones do not."""
+    def _accept(self, routing: Routing) -> tuple[Tensor | None, Tensor]:
+        """Which choices travel (None: all), and how many that count do not."""
         none = torch.zeros((), dtype=torch.int64, device=routing.ids_TK.device)
-        kept_TK = None if mask_T is None else mask_T.unsqueeze(-1).expand_as(routing.ids_TK)
+        kept_TK = routing.kept_TK
         if self.capacity is None or not self.training:
             return kept_TK, none
         if kept_TK is None:

@@ -1,5 +1,6 @@
 """The sparse layer again: float64, one token at a time, nothing clever. What fast paths are compared with."""
 
+import itertools
 import math
 from dataclasses import dataclass
 
@@ -41,13 +42,20 @@ class ReferenceOutput:
 
 
 @dataclass(frozen=True)
+class _Scored:
+    """What the router thinks of one token."""
+
+    scores_E: Tensor
+    probabilities_E: Tensor
+    log_sum_exp: Tensor
+
+
+@dataclass(frozen=True)
 class _Choice:
-    """What the router says of one token."""
+    """Where one token goes."""
 
     experts: list[int]
     weights: Tensor
-    probabilities_E: Tensor
-    log_sum_exp: Tensor
 
 
 def sparse_layer(
@@ -63,16 +71,19 @@ def sparse_layer(
 ) -> ReferenceOutput:
     """The layer's definition over the whole batch of T tokens, with the global-batch balancing loss.
 
-    A capacity counts within each of the `micro_batches` equal parts of the batch; `jitter_TD` are factors on what
-    the router sees. Raises `ValueError` unless every tensor is float64.
+    Capacities, experts that choose and turns count within each of the `micro_batches` equal parts of the batch;
+    `jitter_TD` are factors on what the router sees. Raises `ValueError` unless every tensor is float64.
     """
     tensors = [x_TD, *(t for t in vars(weights).values() if t is not None)]
     if any(t.dtype != torch.float64 for t in tensors):
         raise ValueError("the reference is defined in float64: convert x and every weight with .double()")
     mask = [True] * len(x_TD) if mask_T is None else mask_T.tolist()
     seen_TD = x_TD if jitter_TD is None else x_TD * jitter_TD
-    choices = [_route(x, weights.router_ED, config, selection_bias_E) for x in seen_TD]
-    dropped = _dropped(choices, mask, config, capacity, micro_batches)
+    scored = [_score(x, weights.router_ED, config) for x in seen_TD]
+    parts = _parts(mask, micro_batches)
+    visits = _visits(scored, parts, config, selection_bias_E)
+    choices = [_weigh(token, experts, config) for token, experts in zip(scored, visits, strict=True)]
+    dropped = _dropped(choices, parts, config, capacity)
     outputs = []
     counts = torch.zeros(config.num_experts, dtype=torch.int64)
     for token, (x, choice) in enumerate(zip(x_TD, choices, strict=True)):
@@ -83,30 +94,64 @@ def sparse_layer(
             if mask[token] and (token, expert) not in dropped:
                 y = y + choice.weights[place] * _expert(x, weights, expert, config)
         outputs.append(y)
-    kept = [choice for choice, counted in zip(choices, mask, strict=True) if counted]
+    kept = [token for token, counted in zip(scored, mask, strict=True) if counted]
     zero = x_TD.sum() * 0
     return ReferenceOutput(
         y_TD=torch.stack(outputs),
-        load_balancing_loss=_balance(counts, [c.probabilities_E for c in kept], config.top_k)
+        load_balancing_loss=_balance(counts, [token.probabilities_E for token in kept], config.top_k)
         if kept
         else zero,
-        z_loss=torch.stack([c.log_sum_exp**2 for c in kept]).mean() if kept else zero,
+        z_loss=torch.stack([token.log_sum_exp**2 for token in kept]).mean() if kept else zero,
         counts_E=counts,
         num_dropped=len(dropped),
     )
 
 
-def _route(x: Tensor, router_ED: Tensor, config: MoEConfig, bias_E: Tensor | None) -> _Choice:
+def _score(x: Tensor, router_ED: Tensor, config: MoEConfig) -> _Scored:
     logits = router_ED @ x
     scores = torch.softmax(logits, 0) if config.router_score == "softmax" else torch.sigmoid(logits)
-    preference = scores.detach() + (0 if bias_E is None else bias_E)
+    return _Scored(scores, scores / scores.sum(), torch.logsumexp(logits, 0))
+
+
+def _parts(mask: list[bool], micro_batches: int) -> list[list[int]]:
+    """The unmasked tokens of each micro-batch."""
+    size = len(mask) // micro_batches
+    return [[t for t in range(first, first + size) if mask[t]] for first in range(0, len(mask), size)]
+
+
+def _visits(
+    scored: list[_Scored], parts: list[list[int]], config: MoEConfig, bias_E: Tensor | None
+) -> list[list[int]]:
+    """The experts of each token."""
+    if config.router_choice == "token":
+        return [_best(token.scores_E.detach(), config, bias_E) for token in scored]
+    visits: list[list[int]] = [[] for _ in scored]
+    num_experts, top_k = config.num_experts, config.top_k
+    for tokens in parts:
+        if config.router_choice == "round_robin":
+            stride = next(s for s in itertools.count(num_experts // top_k) if math.gcd(s, num_experts) == 1)
+            deck = itertools.cycle(card * stride % num_experts for card in range(num_experts))
+            for token in tokens:
+                visits[token] = list(itertools.islice(deck, top_k))
+            continue
+        for expert in range(num_experts):
+            ranked = sorted(tokens, key=lambda token: -float(scored[token].scores_E.detach()[expert]))
+            for token in ranked[: math.ceil(len(tokens) * top_k / num_experts)]:
+                visits[token].append(expert)
+    return visits
+
+
+def _best(scores: Tensor, config: MoEConfig, bias_E: Tensor | None) -> list[int]:
+    preference = scores + (0 if bias_E is None else bias_E)
     allowed = _allowed(preference, config)
-    ranked = sorted(allowed, key=lambda expert: -float(preference[expert]))
-    experts = ranked[: config.top_k]
-    weights = scores[experts]
+    return sorted(allowed, key=lambda expert: -float(preference[expert]))[: config.top_k]
+
+
+def _weigh(token: _Scored, experts: list[int], config: MoEConfig) -> _Choice:
+    weights = token.scores_E[experts]
     if config.normalize_top_k:
         weights = weights / weights.sum()
-    return _Choice(experts, weights * config.route_scale, scores / scores.sum(), torch.logsumexp(logits, 0))
+    return _Choice(experts, weights * config.route_scale)
 
 
 def _allowed(preference: Tensor, config: MoEConfig) -> list[int]:
@@ -120,14 +165,12 @@ def _allowed(preference: Tensor, config: MoEConfig) -> list[int]:
 
 
 def _dropped(
-    choices: list[_Choice], mask: list[bool], config: MoEConfig, capacity: Capacity | None, micro_batches: int
+    choices: list[_Choice], parts: list[list[int]], config: MoEConfig, capacity: Capacity | None
 ) -> set[tuple[int, int]]:
     """(token, expert) of choices that find their expert full."""
     dropped: set[tuple[int, int]] = set()
-    size = len(choices) // micro_batches
-    for first in range(0, len(choices), size) if capacity else ():
+    for tokens in parts if capacity else ():
         assert capacity is not None
-        tokens = [token for token in range(first, first + size) if mask[token]]
         limit = max(1, math.ceil(capacity.factor * len(tokens) * config.top_k / config.num_experts))
         for expert in range(config.num_experts):
             wanted = [(token, choices[token]) for token in tokens if expert in choices[token].experts]

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import MoEConfig
+from moe.sparse import choice
 from moe.sparse.jitter import Jitter
 
 
@@ -19,7 +20,7 @@ class RoutingRecord:
     """What balancing policies and metrics need of a layer's routing."""
 
     ids_TK: Tensor
-    """int64: chosen experts."""
+    """int64: chosen experts; where experts choose, with filler that `counts_E` leaves out."""
     probabilities_TE: Tensor
     """float32: scores that add up to 1 for each token, with gradient."""
     log_sum_exp_T: Tensor
@@ -36,8 +37,10 @@ class Routing:
 
     ids_TK: Tensor
     """int64: chosen experts, all different for a token."""
+    kept_TK: Tensor | None
+    """bool: choices that count, of unmasked tokens and, where experts choose, those they made; None: all."""
     weights_TK: Tensor
-    """float32: how much each chosen expert counts; 0 for masked tokens."""
+    """float32: how much each chosen expert counts; 0 for choices that do not."""
     probabilities_TE: Tensor
     log_sum_exp_T: Tensor
     counts_E: Tensor
@@ -79,16 +82,17 @@ class Router(nn.Module):
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE = F.linear(x_TD, self.weight.to(wide))
             scores_TE, probabilities_TE = self._scores(logits_TE)
-        ids_TK = self._choose(scores_TE)
+        ids_TK, kept_TK = self._choose(scores_TE, mask_T)
         weights_TK = self._weigh(logits_TE, scores_TE, ids_TK) * self.config.route_scale
-        if mask_T is not None:
-            weights_TK = weights_TK * mask_T.unsqueeze(-1)
+        if kept_TK is not None:
+            weights_TK = weights_TK * kept_TK
         return Routing(
             ids_TK=ids_TK,
+            kept_TK=kept_TK,
             weights_TK=weights_TK,
             probabilities_TE=probabilities_TE,
             log_sum_exp_T=torch.logsumexp(logits_TE, dim=-1),
-            counts_E=count_choices(ids_TK, mask_T, self.config.num_experts),
+            counts_E=count_choices(ids_TK, kept_TK, self.config.num_experts),
         )
 
     def _scores(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
@@ -99,8 +103,19 @@ class Router(nn.Module):
         scores_TE = torch.sigmoid(logits_TE)
         return scores_TE, scores_TE / (scores_TE.sum(dim=-1, keepdim=True) + 1e-20)
 
-    def _choose(self, scores_TE: Tensor) -> Tensor:
-        """int64 [T, K], without gradient."""
+    def _choose(self, scores_TE: Tensor, mask_T: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """int64 [T, K] and which of them count, without gradient."""
+        config = self.config
+        if config.router_choice == "expert":
+            return choice.by_experts(scores_TE, mask_T, config.top_k)
+        if config.router_choice == "round_robin":
+            ids_TK = choice.in_turn(scores_TE.detach(), mask_T, config.top_k)
+        else:
+            ids_TK = self._best(scores_TE)
+        return ids_TK, None if mask_T is None else mask_T.unsqueeze(-1).expand_as(ids_TK)
+
+    def _best(self, scores_TE: Tensor) -> Tensor:
+        """int64 [T, K]: each token's own choice."""
         preference_TE = scores_TE.detach()
         if self.selection_bias_E is not None:
             preference_TE = preference_TE + self.selection_bias_E
@@ -146,7 +161,7 @@ def _within_best_groups(preference_TE: Tensor, num_groups: int, top_groups: int,
     return limited_TGe.flatten(1)
 
 
-def count_choices(ids_TK: Tensor, mask_T: Tensor | None, num_experts: int) -> Tensor:
-    """int64 [E]: how many unmasked tokens chose each expert."""
-    kept = ids_TK if mask_T is None else ids_TK[mask_T]
+def count_choices(ids_TK: Tensor, kept: Tensor | None, num_experts: int) -> Tensor:
+    """int64 [E]: how many choices fell on each expert; `kept` (bool, [T] or [T, K]) says which count."""
+    kept = ids_TK if kept is None else ids_TK[kept]
     return torch.bincount(kept.reshape(-1), minlength=num_experts)

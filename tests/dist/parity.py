@@ -62,10 +62,20 @@ MODELS: dict[str, dict[str, Any]] = {
             "latent_size": 16,
         },
     },
+    "experts choose": {
+        "moe": {
+            "num_experts": 8,
+            "top_k": 2,
+            "expert_intermediate_size": 24,
+            "router_choice": "expert",
+            "normalize_top_k": False,
+        },
+    },
     "dense": {"moe": None, "intermediate_size": 40},
 }
 BALANCES: dict[str, dict[str, Any]] = {
     "sequence": {},
+    "none": {"sequence_loss_weight": 0.0},
     "global batch": {"sequence_loss_weight": 0.0, "global_batch_loss_weight": 0.01},
     "loss-free, sign": {"sequence_loss_weight": 0.0, "bias_update_rate": 0.02},
     "jitter": {"router_jitter": 0.2, "sequence_loss_weight": 0.0, "global_batch_loss_weight": 0.01},
@@ -103,8 +113,9 @@ class Layout:
         )
 
     def reference(self) -> "Layout":
-        """One process, ZeRO 1, no accumulation."""
-        return Layout(1, 1, 1, 1, precision=self.precision, balance=self.balance, model=self.model)
+        """One process, ZeRO 1, no accumulation; where experts choose, with the same micro-batches."""
+        micro_batches = self.world_size * self.accumulation if self.model == "experts choose" else 1
+        return Layout(1, 1, 1, micro_batches, precision=self.precision, balance=self.balance, model=self.model)
 
 
 def matrix() -> list[Layout]:
@@ -140,6 +151,10 @@ def matrix() -> list[Layout]:
     layouts += [
         Layout(w, ep, z, a, balance="jitter", recompute="block" if a == 2 else "none")
         for w, ep, z, a in ((1, 1, 1, 2), (2, 2, 1, 1), (4, 2, 2, 2))
+    ]
+    layouts += [
+        Layout(w, ep, z, a, balance="none", model="experts choose", recompute="block" if a == 2 else "none")
+        for w, ep, z, a in ((2, 2, 1, 2), (4, 2, 2, 1), (4, 4, 0, 1))
     ]
     layouts += [Layout(w, 1, z, 1, model="dense") for w, z in ((2, 0), (2, 2), (4, 1))]
     return layouts

@@ -43,6 +43,8 @@ class Case:
     bias: bool = False
     capacity: Capacity | None = None
     jitter: float = 0.0
+    choice: str = "token"
+    seed: int = 5
 
     @property
     def config(self) -> MoEConfig:
@@ -54,6 +56,7 @@ class Case:
             top_k=self.top_k,
             expert_intermediate_size=self.inner,
             router_score=self.score,
+            router_choice=self.choice,
             normalize_top_k=self.normalize,
             route_scale=self.scale,
             selection_bias=self.bias,
@@ -61,6 +64,11 @@ class Case:
             shared_expert_gate=self.shared_gate,
             **groups,
         )
+
+    @property
+    def balance(self) -> BalanceConfig:
+        """Losses of balance make no sense where experts choose."""
+        return BALANCE.model_copy(update={"global_batch_loss_weight": 0.0}) if self.choice == "expert" else BALANCE
 
 
 CASES = [
@@ -85,16 +93,26 @@ CASES = [
     Case("drop with masked tokens", capacity=Capacity(0.7, "position"), masked="some", shared=6),
     Case("drop with one rank all masked", capacity=Capacity(1.0, "score"), masked="rank"),
     Case("drop with all masked", capacity=Capacity(1.0, "score"), masked="all"),
+    Case("experts choose", choice="expert", normalize=False),
+    Case("experts choose, an odd number of tokens", tokens=28, choice="expert", normalize=False, scale=1.7),
+    Case("experts choose with jitter", choice="expert", normalize=False, jitter=0.5, score="sigmoid"),
+    Case("experts choose among few", choice="expert", normalize=False, tokens=4, shared=6),
+    Case("experts choose, one rank all masked", choice="expert", normalize=False, masked="rank"),
+    Case("experts choose, all masked", choice="expert", normalize=False, masked="all", shared=6),
+    Case("in turn", choice="round_robin", masked="some", shared=6),
+    Case("in turn, one rank all masked", choice="round_robin", normalize=False, masked="rank"),
     Case("jitter", jitter=0.3, shared=6),
     Case("jitter, masked, sigmoid", jitter=0.9, masked="some", score="sigmoid", bias=True),
 ]
 
+SCORES_AND_WEIGHTS = (("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False))
+SHARED = ((None, False), (6, False), (6, True))
 SWITCHES = itertools.product(
-    (("softmax", True), ("softmax", False), ("sigmoid", True), ("sigmoid", False)),  # score, normalised
+    SCORES_AND_WEIGHTS,
     (None, (4, 2, "top2_sum"), (2, 1, "max")),
     (False, True),  # selection bias
     (None, Capacity(0.9, "score"), Capacity(0.9, "position")),
-    ((None, False), (6, False), (6, True)),  # shared expert, its gate
+    SHARED,
 )
 COMBINATIONS = [
     Case(
@@ -111,11 +129,27 @@ COMBINATIONS = [
         masked="some" if number % 2 else "none",
     )
     for number, ((score, normalize), groups, bias, capacity, shared) in enumerate(SWITCHES)
+] + [
+    Case(
+        f"{choice} {score} {normalize} {shared} {masked}",
+        tokens=16,
+        choice=choice,
+        score=score,
+        normalize=normalize,
+        shared=shared[0],
+        shared_gate=shared[1],
+        scale=1.7,
+        masked=masked,
+    )
+    for choice, (score, normalize), shared, masked in itertools.product(
+        ("expert", "round_robin"), SCORES_AND_WEIGHTS, SHARED, ("none", "some")
+    )
+    if not (choice == "expert" and normalize)
 ]
 
 
 def _weights(case: Case) -> ReferenceWeights:
-    draw = torch.Generator().manual_seed(5)
+    draw = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
@@ -138,7 +172,7 @@ def _weights(case: Case) -> ReferenceWeights:
 
 
 def _batch(case: Case, world_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
-    draw = torch.Generator().manual_seed(6)
+    draw = torch.Generator().manual_seed(case.seed + 1)
     x = torch.randn(case.tokens, case.hidden, generator=draw, dtype=torch.float64)
     x[:, 0] = x[:, 0].abs() + 0.5
     grad = torch.randn(x.shape, generator=draw, dtype=torch.float64)
@@ -193,8 +227,8 @@ def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) ->
         capacity=case.capacity,
         micro_batches=world_size,
     )
-    aux = BALANCE.global_batch_loss_weight * expected.load_balancing_loss
-    aux = aux + BALANCE.router_z_loss_weight * expected.z_loss
+    aux = case.balance.global_batch_loss_weight * expected.load_balancing_loss
+    aux = aux + case.balance.router_z_loss_weight * expected.z_loss
     ((expected.y_TD * grad).sum() + aux).backward()
 
     layer = SparseMoE(case.hidden, case.config, layout, case.capacity).double()
@@ -219,7 +253,7 @@ def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) ->
         dist.all_reduce(tokens)
     totals = Totals(tokens.clamp(min=1), tokens, world_size, counts.unsqueeze(0))
     share = losses(
-        ModelOutput(torch.zeros((), dtype=torch.float64), (record,)), kept.view(1, -1), totals, BALANCE
+        ModelOutput(torch.zeros((), dtype=torch.float64), (record,)), kept.view(1, -1), totals, case.balance
     )
     ((y * grad[local]).sum() + share.total).backward()
 
@@ -228,7 +262,10 @@ def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) ->
         dist.all_reduce(dropped)
     assert int(dropped) == expected.num_dropped
     assert torch.equal(counts, expected.counts_E)
-    assert int(counts.sum()) == (case.tokens if mask is None else int(mask.sum())) * case.top_k
+    if case.choice == "expert":
+        assert len(set(counts.tolist())) == 1
+    else:
+        assert int(counts.sum()) == (case.tokens if mask is None else int(mask.sum())) * case.top_k
     _compare("y", y, expected.y_TD[local])
     _compare("x.grad", x_here.grad, x_ref.grad[local] if x_ref.grad is not None else None)
     for name, (parameter, reference, sharded) in mine.items():
@@ -283,8 +320,8 @@ def test_layer_equals_reference_on_several_ranks(world_size: int, ep: int, tmp_p
 
 @pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2), (4, 4)])
 def test_every_combination_of_switches_equals_reference(world_size: int, ep: int, tmp_path: Path) -> None:
-    """Score x normalisation x groups x bias x capacity x shared expert: 216 of them on 1, 2 and 4 ranks."""
-    assert len(COMBINATIONS) == 216
+    """Score x normalisation x groups x bias x capacity x shared expert, and who chooses: 252 on 1, 2 and 4 ranks."""
+    assert len(COMBINATIONS) == 216 + 36
     run_ranks(_check, world_size, tmp_path, world_size, ep, COMBINATIONS)
 
 

@@ -7,7 +7,7 @@ import pytest
 from pydantic import ValidationError
 
 from moe import recipe
-from moe.config import RunConfig, check_data, check_world
+from moe.config import RunConfig, cautions, check_data, check_world
 from moe.errors import ConfigError
 
 Page = dict[str, Any]
@@ -154,6 +154,47 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["model.moe.group_score=max"],
         ["group_score is max", "no groups", "Remove it"],
     ),
+    "groups where experts choose": (
+        ["model.moe.router_choice=expert", "model.moe.num_expert_groups=4", "model.moe.top_k_groups=2"],
+        ["num_expert_groups is 4", "router_choice is expert", "no effect", "Remove num_expert_groups"],
+    ),
+    "groups in turn": (
+        ["model.moe.router_choice=round_robin", "model.moe.num_expert_groups=4", "model.moe.top_k_groups=2"],
+        ["num_expert_groups is 4", "router_choice is round_robin", "or use router_choice token"],
+    ),
+    "bias where experts choose": (
+        [
+            "model.moe.router_choice=expert",
+            "model.moe.selection_bias=true",
+            "balance.bias_update_rate=0.001",
+        ],
+        ["selection_bias is true", "router_choice is expert", "no effect", "balance.bias_update_rate=0"],
+    ),
+    "a weight that is always 1": (
+        ["model.moe.router_choice=expert"],
+        [
+            "normalize_top_k is true",
+            "router_choice is expert",
+            "always weigh 1",
+            "Set model.moe.normalize_top_k=false",
+        ],
+    ),
+    "balance where loads are equal": (
+        ["model.moe.router_choice=round_robin"],
+        ["sequence_loss_weight is 0.01", "equal loads", "Set balance.sequence_loss_weight=0"],
+    ),
+    "global balance where loads are equal": (
+        ["model.moe.router_choice=expert", "balance.global_batch_loss_weight=0.3"],
+        ["balance.global_batch_loss_weight is 0.3", "equal loads"],
+    ),
+    "micro-batch balance where loads are equal": (
+        ["model.moe.router_choice=expert", "balance.micro_batch_loss_weight=0.3"],
+        ["balance.micro_batch_loss_weight is 0.3", "equal loads"],
+    ),
+    "capacity where loads are equal": (
+        ["model.moe.router_choice=expert", "balance.capacity_factor=1.25"],
+        ["balance.capacity_factor is 1.25", "equal loads", "Set balance.capacity_factor=null"],
+    ),
     "drop of nothing": (
         ["balance.drop_by=position"],
         ["drop_by is position", "nothing is dropped", "capacity_factor"],
@@ -182,6 +223,21 @@ def test_a_broken_recipe_is_refused_with_value_rule_and_way_out(case: str, tiny_
 
 def test_the_tiny_recipe_itself_is_sound(tiny_page: Page) -> None:
     assert parse(tiny_page).model.sparse_layers == range(2)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.moe.router_choice=expert", "model.moe.normalize_top_k=false"], "leaks the future"),
+        (["model.moe.router_choice=round_robin"], "learns no routing"),
+    ],
+)
+def test_a_choice_that_trains_no_language_model_comes_with_a_caution(
+    overrides: list[str], said: str, tiny_page: Page
+) -> None:
+    (caution,) = cautions(parse(tiny_page, *overrides, "balance.sequence_loss_weight=0").model)
+    assert said in caution
+    assert cautions(parse(tiny_page).model) == []
 
 
 def test_every_fault_is_named_at_once(tiny_page: Page) -> None:

@@ -6,8 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.config import MoEConfig
+from moe.sparse import choice
 from moe.sparse.capacity import Capacity, accepted
-from moe.sparse.router import Router
+from moe.sparse.router import Router, count_choices
 
 
 def _router(**settings_: object) -> Router:
@@ -165,6 +166,84 @@ def test_a_token_stays_within_its_best_groups(score: str, best: int) -> None:
     routing = router(x)
     groups = routing.probabilities_TE.view(-1, 4, 2).topk(best, -1).values.sum(-1).argmax(-1)
     assert torch.equal(routing.ids_TK // 2, groups.unsqueeze(-1).expand(-1, 2))
+
+
+LAYERS = st.tuples(
+    st.integers(1, 40), st.integers(1, 9), st.integers(1, 9), st.floats(0, 1), st.integers(0, 999)
+)
+
+
+def _drawn(layer: tuple[int, int, int, float, int]) -> tuple[torch.Tensor, torch.Tensor, int]:
+    """Scores [T, E], mask [T], top_k."""
+    tokens, experts, top_k, share, seed = layer
+    draw = torch.Generator().manual_seed(seed)
+    scores = torch.softmax(torch.randn(tokens, experts, generator=draw) * 9, -1)
+    return scores, torch.rand(tokens, generator=draw) < share, min(top_k, experts)
+
+
+@settings(max_examples=80, deadline=None)
+@given(LAYERS, st.booleans())
+def test_each_expert_takes_its_best_tokens_and_all_take_as_many(
+    layer: tuple[int, int, int, float, int], masked: bool
+) -> None:
+    scores, mask, top_k = _drawn(layer)
+    ids, kept = choice.by_experts(scores, mask if masked else None, top_k)
+    mask = mask if masked else torch.ones_like(mask)
+    experts = scores.shape[1]
+    taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(1, ids, kept)
+    assert taken.sum() == kept.sum(), "a token's experts are all different"
+    assert not taken[~mask].any()
+    assert taken.sum(0).tolist() == [-(-int(mask.sum()) * top_k // experts)] * experts
+    for expert in range(experts):
+        here, left = scores[taken[:, expert], expert], scores[mask & ~taken[:, expert], expert]
+        if here.numel() and left.numel():
+            assert float(here.min()) >= float(left.max())
+
+
+@settings(max_examples=80, deadline=None)
+@given(LAYERS, st.booleans())
+def test_in_turn_every_expert_gets_the_same_load_whatever_the_scores(
+    layer: tuple[int, int, int, float, int], masked: bool
+) -> None:
+    scores, mask, top_k = _drawn(layer)
+    ids = choice.in_turn(scores, mask if masked else None, top_k)
+    assert torch.equal(ids, choice.in_turn(scores.flip(0).roll(1, 1), mask if masked else None, top_k))
+    counts = count_choices(ids, mask if masked else None, scores.shape[1])
+    assert int(counts.max() - counts.min()) <= 1
+    assert all(len(set(row)) == top_k for row in ids.tolist())
+
+
+def test_in_turn_a_token_visits_many_ranks() -> None:
+    """64 experts on 8 ranks, 8 choices: neighbours would all live on one rank, and sending would look too cheap."""
+    ranks = choice.in_turn(torch.zeros(512, 64), None, 8) // 8
+    assert min(len(set(row)) for row in ranks.tolist()) >= 7
+
+
+@pytest.mark.parametrize("chosen", ["expert", "round_robin"])
+def test_weights_come_from_the_scores_whoever_chooses(chosen: str) -> None:
+    router, x = _router(router_choice=chosen, normalize_top_k=False, route_scale=2.0), _x()
+    routing = router(x)
+    expected = 2.0 * torch.softmax(x @ router.weight.t(), -1).gather(1, routing.ids_TK)
+    if routing.kept_TK is not None:
+        assert routing.kept_TK.sum(1).unique().numel() > 1, "tokens differ in their number of experts"
+        expected = expected * routing.kept_TK
+    torch.testing.assert_close(routing.weights_TK, expected)
+    assert routing.counts_E.tolist() == [16] * 8
+    routing.weights_TK.square().sum().backward()
+    assert bool((router.weight.grad.abs().amax(1) > 1e-4).all())  # type: ignore[union-attr]  # backward made it
+
+
+def test_experts_choose_with_an_eye_on_the_future_and_tokens_do_not() -> None:
+    """What the caution at the start of training says."""
+    x = _x(12)
+    later = x.clone()
+    later[6:] *= 3.0
+    for chosen, looks_ahead in (("expert", True), ("token", False), ("round_robin", False)):
+        router = _router(router_choice=chosen, normalize_top_k=False)
+        before, after = (
+            _dense(routing.ids_TK, routing.weights_TK)[:6] for routing in (router(x), router(later))
+        )
+        assert torch.equal(before, after) != looks_ahead
 
 
 @settings(max_examples=60, deadline=None)
