@@ -1,6 +1,6 @@
 """Scores -> who visits whom where tokens do not choose for themselves; integers, no gradient.
 
-T tokens, E experts, K choices of a token (on average), J choices of the token that has most, C tokens of an expert.
+T tokens, E experts, K choices of a token (on average, where experts choose), C tokens of an expert.
 """
 
 import math
@@ -13,9 +13,10 @@ from torch import Tensor
 def by_experts(scores_TE: Tensor, mask_T: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
     """Each expert takes its C = ceil(T K / E) best unmasked tokens (arXiv:2202.09368, section 3.2).
 
-    Returns ids [T, J] (int64) and which of them count (bool): a token's experts come first, all different, and the
-    rest of its row is filler; a token may have none. Whether an expert takes a token hangs on all tokens here, later
-    ones of the same sequence too: a causal model trained so sees a little of the future.
+    Returns every expert's id for every token, [T, E] (int64), and which of them count (bool): a token may have
+    none, or all. The width is the same on every rank, as an exchange needs it. Whether an expert takes a token
+    hangs on all tokens here, later ones of the same sequence too: a causal model trained so sees a little of the
+    future.
     """
     num_tokens, num_experts = scores_TE.shape
     if mask_T is not None:
@@ -23,9 +24,7 @@ def by_experts(scores_TE: Tensor, mask_T: Tensor | None, top_k: int) -> tuple[Te
         scores_TE = scores_TE.masked_fill(~mask_T.unsqueeze(-1), float("-inf"))
     chosen_CE = torch.topk(scores_TE, -(-num_tokens * top_k // num_experts), dim=0).indices
     taken_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(0, chosen_CE, True)
-    most = max(1, int(taken_TE.sum(1).max()))
-    ids_TJ = torch.argsort(taken_TE.byte(), dim=1, descending=True, stable=True)[:, :most]
-    return ids_TJ, taken_TE.gather(1, ids_TJ)
+    return torch.arange(num_experts, device=scores_TE.device).expand_as(taken_TE), taken_TE
 
 
 def in_turn(scores_TE: Tensor, mask_T: Tensor | None, top_k: int) -> Tensor:

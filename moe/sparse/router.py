@@ -5,6 +5,7 @@ T tokens, D width, E experts, K choices, G groups of experts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from moe.config import MoEConfig
 from moe.sparse import choice
+from moe.sparse.copies import count
 from moe.sparse.jitter import Jitter
 
 
@@ -74,13 +76,12 @@ class Router(nn.Module):
 
         `jitter` is multiplied into what is routed, here alone: experts see x as it is.
         """
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        x_TD = x_TD.to(wide)
         if jitter is not None:
-            x_TD = x_TD * jitter.factors(x_TD.shape[1], wide)
+            wide = torch.promote_types(x_TD.dtype, torch.float32)
+            x_TD = x_TD.to(wide) * jitter.factors(x_TD.shape[1], wide)
         # Outside any autocast: rounding a logit to bf16 changes choices, not only weights.
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = F.linear(x_TD, self.weight.to(wide))
+            logits_TE: Tensor = _Logits.apply(x_TD, self.weight)
             scores_TE, probabilities_TE = self._scores(logits_TE)
         ids_TK, kept_TK = self._choose(scores_TE, mask_T)
         weights_TK = self._weigh(logits_TE, scores_TE, ids_TK) * self.config.route_scale
@@ -163,5 +164,23 @@ def _within_best_groups(preference_TE: Tensor, num_groups: int, top_groups: int,
 
 def count_choices(ids_TK: Tensor, kept: Tensor | None, num_experts: int) -> Tensor:
     """int64 [E]: how many choices fell on each expert; `kept` (bool, [T] or [T, K]) says which count."""
-    kept = ids_TK if kept is None else ids_TK[kept]
-    return torch.bincount(kept.reshape(-1), minlength=num_experts)
+    if kept is not None:
+        kept_TK = kept if kept.ndim == ids_TK.ndim else kept.unsqueeze(-1)
+        ids_TK = torch.where(kept_TK, ids_TK, num_experts)  # behind all others
+    return count(ids_TK, num_experts + 1)[:num_experts]
+
+
+class _Logits(torch.autograd.Function):
+    """x W^T in float32 or wider; of x only the narrow form is kept, which the layer keeps anyway."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TD, weight_ED)
+        wide = torch.promote_types(x_TD.dtype, torch.float32)
+        return F.linear(x_TD.to(wide), weight_ED.to(wide))
+
+    @staticmethod
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TD, weight_ED = ctx.saved_tensors
+        grad_x_TD = (grad_TE @ weight_ED.to(grad_TE.dtype)).to(x_TD.dtype)
+        return grad_x_TD, (grad_TE.t() @ x_TD.to(grad_TE.dtype)).to(weight_ED.dtype)

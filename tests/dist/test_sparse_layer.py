@@ -16,6 +16,7 @@ from moe.model import ModelOutput
 from moe.sparse import Capacity, ExpertLayout, Jitter, SparseMoE
 from moe.sparse.reference import ReferenceWeights, sparse_layer
 from tests.harness import run_ranks
+from tests.names import REFERENCE
 
 BALANCE = BalanceConfig(sequence_loss_weight=0.0, global_batch_loss_weight=0.3, router_z_loss_weight=0.2)
 
@@ -44,6 +45,11 @@ class Case:
     capacity: Capacity | None = None
     jitter: float = 0.0
     choice: str = "token"
+    activation: str = "swiglu"
+    limit: float | None = None
+    expert_bias: bool = False
+    latent: int | None = None
+    recompute: bool = False
     seed: int = 5
 
     @property
@@ -62,6 +68,10 @@ class Case:
             selection_bias=self.bias,
             shared_expert_intermediate_size=self.shared,
             shared_expert_gate=self.shared_gate,
+            expert_activation=self.activation,
+            activation_limit=self.limit,
+            expert_bias=self.expert_bias,
+            latent_size=self.latent,
             **groups,
         )
 
@@ -87,6 +97,11 @@ CASES = [
     Case("DeepSeek-V2", groups=(4, 2, "max"), normalize=False, scale=4.0, shared=6),
     Case("DeepSeek-V3", score="sigmoid", groups=(4, 2, "top2_sum"), bias=True, scale=2.5, shared=6),
     Case("DeepSeek-V3, masked, starved", score="sigmoid", bias=True, masked="some", routing="starved"),
+    Case("capped SwiGLU, recomputed", limit=0.7, recompute=True),
+    Case("GPT-OSS", activation="gpt_oss", limit=0.7, expert_bias=True, masked="some"),
+    Case("GPT-OSS, starved, recomputed", activation="gpt_oss", expert_bias=True, routing="starved", recompute=True),
+    Case("latent", latent=4, shared=6),
+    Case("latent, dropped", latent=4, expert_bias=True, capacity=Capacity(0.6, "score"), masked="some"),
     Case("drop by score", capacity=Capacity(0.8, "score")),
     Case("drop by position", capacity=Capacity(0.8, "position"), score="sigmoid", bias=True),
     Case("drop nearly all", capacity=Capacity(0.05, "score"), routing="one"),
@@ -155,6 +170,7 @@ def _weights(case: Case) -> ReferenceWeights:
         return torch.randn(*shape, generator=draw, dtype=torch.float64)
 
     d, f, e, s = case.hidden, case.inner, case.experts, case.shared
+    width = case.latent or d
     router = normal(e, d)
     if case.routing != "free":
         favoured = slice(2, 3) if case.routing == "one" else slice(0, 4)
@@ -162,8 +178,12 @@ def _weights(case: Case) -> ReferenceWeights:
         router[favoured, 0] += 50.0  # x[:, 0] is positive: see _batch
     return ReferenceWeights(
         router_ED=router,
-        gate_up_E2FD=normal(e, 2 * f, d),
-        down_EDF=normal(e, d, f),
+        gate_up_E2FD=normal(e, 2 * f, width),
+        down_EDF=normal(e, width, f),
+        gate_up_bias_E2F=normal(e, 2 * f) if case.expert_bias else None,
+        down_bias_ED=normal(e, width) if case.expert_bias else None,
+        to_latent_LD=normal(width, d) if case.latent else None,
+        from_latent_DL=normal(d, width) if case.latent else None,
         shared_gate_FD=normal(s, d) if s else None,
         shared_up_FD=normal(s, d) if s else None,
         shared_down_DF=normal(d, s) if s else None,
@@ -231,7 +251,7 @@ def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) ->
     aux = aux + case.balance.router_z_loss_weight * expected.z_loss
     ((expected.y_TD * grad).sum() + aux).backward()
 
-    layer = SparseMoE(case.hidden, case.config, layout, case.capacity).double()
+    layer = SparseMoE(case.hidden, case.config, layout, case.capacity, case.recompute).double()
     if bias is not None:
         assert layer.router.selection_bias_E is not None
         assert layer.router.selection_bias_E.dtype == torch.float32, (
@@ -290,26 +310,13 @@ def _load(
 ) -> dict[str, tuple[torch.nn.Parameter, Tensor | None, bool]]:
     ids = layout.local_experts
     mine = slice(ids.start, ids.stop)
-
-    def expected(name: str) -> Tensor | None:
-        return leaves[name].grad
-
-    pairs: dict[str, tuple[torch.nn.Parameter, str, bool]] = {
-        "router": (layer.router.weight, "router_ED", False),
-        "gate_up": (layer.experts.gate_up, "gate_up_E2FD", True),
-        "down": (layer.experts.down, "down_EDF", True),
-    }
-    if layer.shared_expert is not None:
-        pairs["shared.gate"] = (layer.shared_expert.gate.weight, "shared_gate_FD", False)
-        pairs["shared.up"] = (layer.shared_expert.up.weight, "shared_up_FD", False)
-        pairs["shared.down"] = (layer.shared_expert.down.weight, "shared_down_DF", False)
-    if layer.shared_expert_gate is not None:
-        pairs["shared_expert_gate"] = (layer.shared_expert_gate.weight, "shared_expert_gate_1D", False)
     out = {}
-    for name, (parameter, leaf, sharded) in pairs.items():
-        value, grad = leaves[leaf].detach(), expected(leaf)
+    for name, parameter in layer.named_parameters():
+        value, grad = leaves[REFERENCE[name]].detach(), leaves[REFERENCE[name]].grad
+        sharded = name.startswith("experts.")
         parameter.data.copy_(value[mine] if sharded else value)
         out[name] = (parameter, grad[mine] if sharded and grad is not None else grad, sharded)
+    assert len(out) == len(leaves)
     return out
 
 

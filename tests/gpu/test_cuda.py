@@ -9,6 +9,7 @@ import torch
 from moe.config import MoEConfig
 from moe.sparse import ExpertLayout, SparseMoE
 from moe.sparse.reference import ReferenceWeights, sparse_layer
+from tests.names import REFERENCE
 
 CUDA = pytest.param(
     "cuda",
@@ -17,19 +18,6 @@ CUDA = pytest.param(
         pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none here"),
     ],
 )
-REFERENCE = {
-    "router.weight": "router_ED",
-    "experts.gate_up": "gate_up_E2FD",
-    "experts.gate_up_bias": "gate_up_bias_E2F",
-    "experts.down": "down_EDF",
-    "experts.down_bias": "down_bias_ED",
-    "to_latent.weight": "to_latent_LD",
-    "from_latent.weight": "from_latent_DL",
-    "shared_expert.gate.weight": "shared_gate_FD",
-    "shared_expert.up.weight": "shared_up_FD",
-    "shared_expert.down.weight": "shared_down_DF",
-}
-"""Parameters of the layer -> their names in the reference."""
 SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "GPT-OSS's experts": {"expert_activation": "gpt_oss", "activation_limit": 0.5, "expert_bias": True},
