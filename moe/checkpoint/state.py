@@ -7,10 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe.engine.engine import Engine
 from moe.engine.groups import is_expert
+from moe.engine.partition import Home
 
 WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
 
@@ -28,7 +30,6 @@ def collect(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     state, each tensor once.
     """
     ranks = engine.ranks
-    _link_moments(engine)
     for turn, (name, parameter) in enumerate(engine.model.named_parameters()):
         for state in (WEIGHT, *MOMENTS):
             whole = _read(engine, parameter, state)
@@ -57,11 +58,8 @@ def needed(engine: Engine) -> Iterator[tuple[nn.Parameter, str, list[str]]]:
 def write(engine: Engine, parameter: nn.Parameter, state: str, value: Tensor) -> None:
     """Set one state of one parameter from its full local float32 value."""
     value = value.to(engine.ranks.device)
-    if engine.run.parallel.zero_stage == 0:
-        target = parameter if state == WEIGHT else _base(engine).state[parameter][state]
-        target.copy_(value)
-        return
-    parameter.set_full_hp_param(value, None if state == WEIGHT else state)  # type: ignore[attr-defined]  # DeepSpeed adds it
+    home = engine.homes[parameter]
+    _tensor(engine, home, state).view(-1)[home.here] = value.view(-1)[home.inside]
     if state == WEIGHT:
         parameter.copy_(value)  # in the model's dtype
 
@@ -77,26 +75,22 @@ def prepare(engine: Engine, step: int) -> None:
                 "step": torch.tensor(float(step), device=tensor.device),
                 **{state: torch.zeros_like(tensor) for state in MOMENTS},
             }
-    _link_moments(engine)
-
-
-def _link_moments(engine: Engine) -> None:
-    """Let parameters find their moments in DeepSpeed's flat partitions.
-
-    DeepSpeed 0.19.8 links them after the first parameter group has stepped, when the other groups have no
-    moments yet, and never again.
-    """
-    if engine.run.parallel.zero_stage:
-        engine.wrapped.optimizer._hp_optimizer_states_linked = False
-        engine.wrapped.optimizer._lazy_init_hp_params_optimizer_state()
 
 
 def _read(engine: Engine, parameter: nn.Parameter, state: str) -> Tensor:
-    if engine.run.parallel.zero_stage == 0:
-        tensor: Tensor = parameter if state == WEIGHT else _base(engine).state[parameter][state]
-        return tensor.detach()
-    whole: Tensor = parameter.get_full_hp_param(None if state == WEIGHT else state)  # type: ignore[attr-defined]  # DeepSpeed adds it
-    return whole.detach()
+    home = engine.homes[parameter]
+    kept = _tensor(engine, home, state)
+    if home.ranks is None:
+        return kept
+    whole = torch.zeros(parameter.numel(), dtype=kept.dtype, device=kept.device)
+    whole[home.inside] = kept[home.here]
+    dist.all_reduce(whole, group=home.ranks)
+    return whole.view_as(parameter)
+
+
+def _tensor(engine: Engine, home: Home, state: str) -> Tensor:
+    tensor: Tensor = home.tensor if state == WEIGHT else _base(engine).state[home.tensor][state]
+    return tensor.detach()
 
 
 def _base(engine: Engine) -> Any:

@@ -21,6 +21,7 @@ from moe.engine import ds_config
 from moe.engine.clip import clip_gradients
 from moe.engine.groups import adopt
 from moe.engine.library import deepspeed
+from moe.engine.partition import homes
 from moe.errors import TrainingError
 from moe.loss import Losses, Totals
 from moe.model import ModelOutput, Transformer
@@ -62,6 +63,7 @@ class Engine:
         self.model = model
         self.wrapped = wrapped
         """DeepSpeed's engine."""
+        self.homes = homes(wrapped.optimizer, run.parallel.zero_stage)
 
     @classmethod
     def start(cls, run: RunConfig, model: Transformer, ranks: Ranks) -> "Engine":

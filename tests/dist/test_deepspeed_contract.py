@@ -69,21 +69,36 @@ def test_deepspeed_still_averages_local_norms_under_stage_0() -> None:
     assert "clip_grad_norm_(parameters=self.module.parameters()" in source
 
 
-def _moments_of_later_groups_are_not_linked(rank: int) -> None:
-    """DeepSpeed links moments when only the first parameter group has any; moe.checkpoint.state links again."""
-    engine = start(tiny(train={"micro_batch_size": 4}), ranks_of(rank, 2, 1))
-    train(engine, 0, 1)
-    linked = [
-        bool(p._hp_mapping.optim_fragment)  # type: ignore[attr-defined]  # DeepSpeed adds it
-        for p in engine.model.parameters()
-        if p._hp_mapping is not None  # type: ignore[attr-defined]  # DeepSpeed adds it
-    ]
-    assert any(linked)
-    assert not all(linked), "DeepSpeed has mended it: drop _link_moments"
+def _homes(rank: int) -> None:
+    """Each parameter is where moe.engine.partition says, in any order that DeepSpeed packs them."""
+    ranks = ranks_of(rank, 4, 2)
+    misplaced = {}
+    for zero, round_robin in ((1, False), (2, True)):
+        run = tiny(
+            train={"micro_batch_size": 2},
+            parallel={"expert_parallel_size": 2, "zero_stage": zero},
+            deepspeed={"zero_optimization": {"round_robin_gradients": round_robin}},
+        )
+        engine = start(run, ranks)
+        train(engine, 0, 1)
+        here = 0
+        for parameter, home in engine.homes.items():
+            kept = home.tensor.detach()[home.here]
+            assert torch.equal(kept, parameter.detach().flatten()[home.inside])
+            here += kept.numel()
+        padding = sum(engine.wrapped.optimizer.groups_padding)
+        assert here + padding == sum(t.numel() for t in engine.wrapped.optimizer.single_partition_of_fp32_groups)
+        misplaced[round_robin] = [
+            not torch.equal(p.get_full_hp_param(), p.detach())  # type: ignore[attr-defined]  # DeepSpeed adds it
+            for p in engine.model.parameters()
+        ]
+        engine.wrapped.destroy()
+    assert not any(misplaced[False])
+    assert any(misplaced[True]), "DeepSpeed has mended its map: moe.engine.partition may use it"
 
 
-def test_deepspeed_still_links_moments_too_early(tmp_path: Path) -> None:
-    run_ranks(_moments_of_later_groups_are_not_linked, 2, tmp_path)
+def test_parameters_are_at_home_where_deepspeed_s_own_map_is_wrong(tmp_path: Path) -> None:
+    run_ranks(_homes, 4, tmp_path)
 
 
 BAD_VALUES: list[tuple[str, object]] = [
