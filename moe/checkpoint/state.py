@@ -1,4 +1,4 @@
-"""A running engine <-> logical tensors: each parameter's float32 master and both moments, experts one by one.
+"""A running engine <-> logical tensors: each parameter's float32 master and moments, experts one by one.
 
 The key of a tensor is `STATE/PARAMETER` or, for one expert of a stacked parameter, `STATE/PARAMETER[EXPERT]`.
 """
@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe import optim
 from moe.engine.engine import Engine
 from moe.engine.groups import is_expert
 from moe.engine.partition import Home
 
-WEIGHT, MOMENTS = "weight", ("exp_avg", "exp_avg_sq")
+WEIGHT = "weight"
 
 
 def key(state: str, name: str, expert: int | None = None) -> str:
@@ -31,7 +32,7 @@ def collect(engine: Engine) -> Iterator[tuple[str, Tensor]]:
     """
     ranks = engine.ranks
     for turn, (name, parameter) in enumerate(engine.model.named_parameters()):
-        for state in (WEIGHT, *MOMENTS):
+        for state in _states(engine, parameter):
             whole = _read(engine, parameter, state)
             if is_expert(parameter):
                 if ranks.expert_data_rank == 0:
@@ -47,7 +48,7 @@ def collect(engine: Engine) -> Iterator[tuple[str, Tensor]]:
 def needed(engine: Engine) -> Iterator[tuple[nn.Parameter, str, list[str]]]:
     """(parameter, state, keys that make it up on this rank) for the whole state."""
     for name, parameter in engine.model.named_parameters():
-        for state in (WEIGHT, *MOMENTS):
+        for state in _states(engine, parameter):
             if is_expert(parameter):
                 yield parameter, state, [key(state, name, expert) for expert in _local_experts(engine)]
             else:
@@ -70,11 +71,12 @@ def prepare(engine: Engine, step: int) -> None:
     base = _base(engine)
     for group in base.param_groups:
         for tensor in group["params"]:
-            base.state[tensor] = {
-                # one for each: a shared one would count too fast; on the device, as fused AdamW wants it
-                "step": torch.tensor(float(step), device=tensor.device),
-                **{state: torch.zeros_like(tensor) for state in MOMENTS},
-            }
+            base.state[tensor] = optim.fresh_state(group, tensor, step)
+
+
+def _states(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:
+    """The weight, and what the optimizer remembers of it."""
+    return (WEIGHT, *optim.states(engine.homes[parameter].group))
 
 
 def _read(engine: Engine, parameter: nn.Parameter, state: str) -> Tensor:

@@ -4,7 +4,7 @@ import math
 from typing import Protocol
 
 from moe.config.base import refuse
-from moe.config.run import BalanceConfig, RunConfig, ScheduleConfig
+from moe.config.run import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from moe.config.shape import choice, divisors, shape_faults
 
 
@@ -14,6 +14,7 @@ def check(run: RunConfig) -> None:
         [
             *shape_faults(run.model),
             *_sequence(run),
+            *_optimizer(run),
             *_schedule(run),
             *_batch(run),
             *_recomputation(run),
@@ -110,6 +111,16 @@ def _sequence(run: RunConfig) -> list[str]:
         return [
             f"data.sequence_length is {length}, but model.max_sequence_length is {longest}: the model would see "
             f"positions it does not declare. Use {longest} or less, or raise model.max_sequence_length."
+        ]
+    return []
+
+
+def _optimizer(run: RunConfig) -> list[str]:
+    momentum = run.train.optimizer.momentum
+    if run.train.optimizer.kind == "adamw" and momentum != OptimizerConfig.model_fields["momentum"].default:
+        return [
+            f"train.optimizer.momentum is {momentum}, but kind is adamw, whose moments decay by beta1 and beta2, so "
+            f"it has no effect. Remove it, or use kind muon."
         ]
     return []
 

@@ -31,18 +31,24 @@ class DataConfig(Section):
 
 
 class OptimizerConfig(Section):
+    kind: Literal["adamw", "muon"] = "adamw"
+    """adamw (arXiv:1711.05101) for all weights, or muon (arXiv:2502.16982) for the matrices of hidden layers, each
+    expert's on their own, and adamw for embeddings, head, norms and biases."""
     learning_rate: PositiveFloat
-    """Peak learning rate of AdamW (arXiv:1711.05101)."""
+    """Peak learning rate; Muon's steps are scaled to AdamW's size, so one rate serves both."""
+    momentum: Beta = 0.95
+    """Decay of Muon's momentum; muon only."""
     beta1: Beta = 0.9
-    """Decay of the first moment."""
+    """Decay of AdamW's first moment."""
     beta2: Beta = 0.95
-    """Decay of the second moment."""
+    """Decay of AdamW's second moment."""
     eps: PositiveFloat = 1e-8
     """Added to the root of the second moment."""
     weight_decay: NonNegativeFloat = 0.1
     """Decoupled decay of matrices; norms and biases are never decayed."""
     gradient_clipping: NonNegativeFloat = 1.0
-    """Largest global gradient norm; 0 leaves gradients as they are."""
+    """Largest global gradient norm, measured before any momentum; 0 leaves gradients as they are. Muon's steps have
+    their size whatever the norm: there it limits how much one batch turns them."""
 
 
 class ScheduleConfig(Section):

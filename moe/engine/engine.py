@@ -21,7 +21,7 @@ from moe.engine import ds_config
 from moe.engine.clip import clip_gradients
 from moe.engine.groups import adopt
 from moe.engine.library import deepspeed
-from moe.engine.partition import homes
+from moe.engine.partition import homes, show_partitions
 from moe.errors import TrainingError
 from moe.loss import Losses, Totals
 from moe.model import ModelOutput, Transformer
@@ -78,7 +78,7 @@ class Engine:
         def optimizer(_: Iterable[Any]) -> torch.optim.Optimizer:
             groups = optim.parameter_groups(model, run.train.optimizer)
             groups = split_params_into_different_moe_groups_for_optimizer(groups)
-            return optim.adamw([group for group in groups if group["params"]], run.train.optimizer)
+            return optim.make([group for group in groups if group["params"]], model, run.train)
 
         wrapped, *_ = deepspeed.initialize(
             model=model,
@@ -87,7 +87,9 @@ class Engine:
             config=config,
             dist_init_required=False,
         )
-        return cls(run, ranks, model, wrapped)
+        engine = cls(run, ranks, model, wrapped)
+        show_partitions(wrapped.optimizer, engine.homes)
+        return engine
 
     def step(self, batches: Sequence[Batch], step: int) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of optimizer step `step` (from 0).

@@ -4,11 +4,14 @@ Under ZeRO 1 and 2 the parameters of a group lie end to end in one buffer, cut i
 rank; the optimizer steps a float32 copy of this rank's. Under ZeRO 0 it steps the parameters themselves.
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 from torch import Tensor, nn
+
+from moe.optim import Muon, Stack
 
 
 @dataclass(frozen=True)
@@ -61,3 +64,19 @@ def homes(optimizer: Any, zero_stage: int) -> dict[nn.Parameter, Home]:
             offset = parameter.storage_offset() - flat.storage_offset()
             found[parameter] = Home(partition, group, offset - start, parameter.numel(), ranks)
     return found
+
+
+def show_partitions(optimizer: Any, homes: dict[nn.Parameter, Home]) -> None:
+    """Tell Muon, if that is what DeepSpeed steps, which matrices its flat partitions are made of."""
+    base = getattr(optimizer, "optimizer", optimizer)
+    if not isinstance(base, Muon):
+        return
+    placed: dict[Tensor, list[tuple[int, Stack]]] = defaultdict(list)
+    ranks: dict[Tensor, dist.ProcessGroup] = {}
+    for parameter, home in homes.items():
+        if home.ranks is not None and parameter in base.stacks:
+            start = dist.get_rank(home.ranks) * home.tensor.numel()
+            placed[home.tensor].append((start + home.offset, base.stacks[parameter]))
+            ranks[home.tensor] = home.ranks
+    for tensor, stacks in placed.items():
+        base.partition(tensor, stacks, ranks[tensor])

@@ -1,6 +1,8 @@
-"""Parameters -> decay groups, AdamW, and a learning rate for every step."""
+"""Parameters -> groups, an optimizer over them, and a learning rate for every step."""
 
-from moe.optim.adamw import adamw, parameter_groups
+from moe.optim.groups import fresh_state, make, parameter_groups, states
+from moe.optim.matrices import Stack, stacks
+from moe.optim.muon import Muon
 from moe.optim.schedule import learning_rate
 
-__all__ = ["adamw", "learning_rate", "parameter_groups"]
+__all__ = ["Muon", "Stack", "fresh_state", "learning_rate", "make", "parameter_groups", "stacks", "states"]

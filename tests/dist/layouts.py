@@ -15,6 +15,7 @@ from moe.model import Transformer, initialize
 from moe.sparse import Capacity, ExpertLayout
 
 VOCAB, LENGTH = 128, 32
+OPTIMIZER = {"learning_rate": 3e-3, "gradient_clipping": 0.5}
 
 
 def tiny(**sections: Any) -> RunConfig:
@@ -36,7 +37,7 @@ def tiny(**sections: Any) -> RunConfig:
             "global_batch_size": 8,
             "micro_batch_size": 2,
             "precision": "fp32",
-            "optimizer": {"learning_rate": 3e-3, "gradient_clipping": 0.5},
+            "optimizer": OPTIMIZER,
             "schedule": {"warmup_steps": 2},
         },
     }

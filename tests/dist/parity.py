@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moe.config import RunConfig
-from tests.dist.layouts import Curve, curve, ranks_of, start, tiny, train
+from tests.dist.layouts import OPTIMIZER, Curve, curve, ranks_of, start, tiny, train
 from tests.harness import run_ranks
 
 GLOBAL_BATCH = 8
@@ -99,6 +99,7 @@ class Layout:
     precision: str = "fp32"
     balance: str = "sequence"
     model: str = "sparse"
+    optimizer: str = "adamw"
 
     def run(self) -> RunConfig:
         return tiny(
@@ -107,6 +108,7 @@ class Layout:
                 "micro_batch_size": GLOBAL_BATCH // self.world_size // self.accumulation,
                 "activation_recomputation": self.recompute,
                 "precision": self.precision,
+                "optimizer": {**OPTIMIZER, "kind": self.optimizer},
             },
             model=MODELS[self.model],
             **({} if self.model == "dense" else {"balance": BALANCES[self.balance]}),
@@ -115,7 +117,8 @@ class Layout:
     def reference(self) -> "Layout":
         """One process, ZeRO 1, no accumulation; where experts choose, with the same micro-batches."""
         micro_batches = self.world_size * self.accumulation if self.model == "experts choose" else 1
-        return Layout(1, 1, 1, micro_batches, precision=self.precision, balance=self.balance, model=self.model)
+        same = {name: getattr(self, name) for name in ("precision", "balance", "model", "optimizer")}
+        return Layout(1, 1, 1, micro_batches, **same)
 
 
 def matrix() -> list[Layout]:
@@ -157,6 +160,14 @@ def matrix() -> list[Layout]:
         for w, ep, z, a in ((2, 2, 1, 2), (4, 2, 2, 1), (4, 4, 0, 1))
     ]
     layouts += [Layout(w, 1, z, 1, model="dense") for w, z in ((2, 0), (2, 2), (4, 1))]
+    layouts += [
+        Layout(w, ep, z, a, optimizer="muon") for w, ep, z, a in ((1, 1, 0, 2), (2, 2, 0, 1), (2, 1, 2, 1))
+    ]
+    layouts += [
+        Layout(4, ep, z, a, model="all switches", optimizer="muon")
+        for ep, z, a in ((1, 2, 1), (2, 1, 2), (4, 1, 1))
+    ]
+    layouts.append(Layout(2, 2, 1, 2, model="GPT-OSS's experts, latent", optimizer="muon"))
     return layouts
 
 
@@ -219,6 +230,7 @@ def main() -> int:
         "recompute",
         "balance",
         "model",
+        "optimizer",
         "loss",
         "grad norm",
         "counts",
@@ -234,12 +246,13 @@ def main() -> int:
             layout.recompute,
             layout.balance,
             layout.model,
+            layout.optimizer,
             f"{far.loss:.1e}",
             f"{far.gradient_norm:.1e}",
             counts,
         )
         table.add_row(*map(str, cells), *shown, style=None if right else "red")
-    Console(width=120).print(table)
+    Console(width=130).print(table)
     print(f"{len(layouts) - failed} of {len(layouts)} layouts equal one process over 20 steps in fp32")  # noqa: T201
     return int(failed > 0)
 

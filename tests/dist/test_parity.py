@@ -25,9 +25,10 @@ def test_layout_equals_one_process(layout: Layout, trained: dict[Layout, Curve])
     assert far.counts_equal
 
 
-def test_training_learns_and_clips(trained: dict[Layout, Curve]) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_training_learns_and_clips(optimizer: str, trained: dict[Layout, Curve]) -> None:
     """The comparison means something: the loss falls, and gradients are beyond the clip of 0.5."""
-    curve = trained[Layout(1, 1, 1, 1)]
+    curve = trained[Layout(1, 1, 1, 1, optimizer=optimizer)]
     assert curve.cross_entropy[-1] < curve.cross_entropy[0] - 0.5
     assert min(curve.gradient_norm[:10]) > 0.5
     assert curve.load_balancing[0] >= 1.0
@@ -40,8 +41,9 @@ def test_bf16_stays_near_one_process(tmp_path: Path) -> None:
         Layout(2, 1, 1, 1, precision="bf16"),
         Layout(2, 2, 1, 2, precision="bf16"),
         Layout(2, 2, 2, 1, precision="bf16"),
+        Layout(2, 2, 2, 1, precision="bf16", optimizer="muon"),
     ]
-    found = curves([layouts[0].reference(), *layouts], tmp_path, steps=10)
+    found = curves([*{layout.reference() for layout in layouts}, *layouts], tmp_path, steps=10)
     for layout in layouts:
         far = deviation(found[layout], found[layout.reference()])
         assert far.loss < 1e-2, layout

@@ -16,7 +16,7 @@ from moe.checkpoint.resume import restore
 from moe.checkpoint.save import TrainState, save
 from moe.config import RunConfig
 from moe.errors import CheckpointError
-from tests.dist.layouts import curve, ranks_of, start, tiny, train
+from tests.dist.layouts import OPTIMIZER, curve, ranks_of, start, tiny, train
 from tests.harness import run_ranks
 
 MOE = {
@@ -26,16 +26,40 @@ MOE = {
     "router_score": "sigmoid",
     "selection_bias": True,
 }
-LAYOUTS = [(0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")]
-OTHERS = [(1, 1, 0), (1, 1, 1), (2, 1, 2), (4, 4, 1), (4, 2, 2)]
+LAYOUTS = [
+    (0, "fp32", "adamw"),
+    (1, "fp32", "adamw"),
+    (2, "fp32", "adamw"),
+    (1, "bf16", "adamw"),
+    (2, "bf16", "adamw"),
+    (1, "fp32", "muon"),
+    (2, "bf16", "muon"),
+]
+OTHERS = [
+    (1, 1, 0, "adamw"),
+    (1, 1, 1, "adamw"),
+    (2, 1, 2, "adamw"),
+    (4, 4, 1, "adamw"),
+    (4, 2, 2, "adamw"),
+    (1, 1, 0, "muon"),
+    (2, 1, 2, "muon"),
+    (4, 2, 1, "muon"),
+]
 HALF, END = 10, 20
 
 
-def _run(folder: Path, ep: int, zero: int, precision: str = "fp32", **train: object) -> RunConfig:
+def _run(
+    folder: Path, ep: int, zero: int, precision: str = "fp32", optimizer: str = "adamw", **train: object
+) -> RunConfig:
     return tiny(
         run_dir=str(folder),
         parallel={"expert_parallel_size": ep, "zero_stage": zero},
-        train={"micro_batch_size": 2, "precision": precision, **train},
+        train={
+            "micro_batch_size": 2,
+            "precision": precision,
+            "optimizer": {**OPTIMIZER, "kind": optimizer},
+            **train,
+        },
         model={"moe": MOE},
         balance={"bias_update_rate": 0.01, "bias_update": "proportional", "router_jitter": 0.05},
     )
@@ -43,10 +67,10 @@ def _run(folder: Path, ep: int, zero: int, precision: str = "fp32", **train: obj
 
 def _straight_and_resumed(rank: int, folder: Path) -> None:
     """For each layout: 20 steps with a save at 10; then a new engine from that save, to 20."""
-    for zero, precision in LAYOUTS:
-        here = folder / f"{zero}-{precision}"
+    for zero, precision, optimizer in LAYOUTS:
+        here = folder / f"{zero}-{precision}-{optimizer}"
         ranks = ranks_of(rank, 2, 2)
-        engine = start(_run(here / "straight", 2, zero, precision), ranks)
+        engine = start(_run(here / "straight", 2, zero, precision, optimizer), ranks)
         straight = curve(train(engine, 0, HALF))
         save(engine, TrainState(HALF, 123), "data")
         if rank == 0:
@@ -55,13 +79,13 @@ def _straight_and_resumed(rank: int, folder: Path) -> None:
         save(engine, TrainState(END, 246), "data")
         engine.wrapped.destroy()
 
-        engine = start(_run(here / "resumed", 2, zero, precision), ranks)
+        engine = start(_run(here / "resumed", 2, zero, precision, optimizer), ranks)
         assert restore(engine, "data") == TrainState(HALF, 123)
         again = curve(train(engine, HALF, END))
         save(engine, TrainState(END, 246), "data")
         engine.wrapped.destroy()
         assert straight.total
-        assert again == rest, f"ZeRO {zero} {precision}"
+        assert again == rest, f"ZeRO {zero} {precision} {optimizer}"
         if rank == 0:
             (here / "rest.json").write_text(json.dumps(dataclasses.asdict(rest)))
 
@@ -81,24 +105,29 @@ def _state(run: Path) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("zero", "precision"), LAYOUTS)
-def test_resume_is_exact_to_the_bit(zero: int, precision: str, runs: Path) -> None:
-    straight, resumed = (_state(runs / f"{zero}-{precision}" / name) for name in ("straight", "resumed"))
+@pytest.mark.parametrize(("zero", "precision", "optimizer"), LAYOUTS)
+def test_resume_is_exact_to_the_bit(zero: int, precision: str, optimizer: str, runs: Path) -> None:
+    run = runs / f"{zero}-{precision}-{optimizer}"
+    straight, resumed = (_state(run / name) for name in ("straight", "resumed"))
     assert straight.keys() == resumed.keys()
     assert not [key for key in straight if not torch.equal(straight[key], resumed[key])]
-    assert any(key.startswith("exp_avg_sq/") and key.endswith("[7]") for key in straight)
+    states = {key.partition("/")[0] for key in straight if key.endswith("[7]")}
+    moments = {"momentum"} if optimizer == "muon" else {"exp_avg", "exp_avg_sq"}
+    assert states == {"weight", *moments}
+    assert {"exp_avg/head.weight", "exp_avg_sq/head.weight"} < straight.keys()
     biases = [tensor for key, tensor in straight.items() if key.endswith("selection_bias_E")]
     assert len(biases) == 2
     assert all(bias.dtype == torch.float32 and float(bias.abs().max()) > 1e-3 for bias in biases)
 
 
-def _go_on(rank: int, world_size: int, layouts: list[tuple[int, int]], source: Path, folder: Path) -> None:
-    for ep, zero in layouts:
-        here = folder / f"{world_size}-{ep}-{zero}"
+def _go_on(rank: int, world_size: int, layouts: list[tuple[int, int, str]], runs: Path, folder: Path) -> None:
+    for ep, zero, optimizer in layouts:
+        here = folder / f"{world_size}-{ep}-{zero}-{optimizer}"
+        source = runs / f"1-fp32-{optimizer}/resumed"
         if rank == 0:
             shutil.copytree(source / "checkpoints/step_10", here / "checkpoints/step_10")
         dist.barrier()
-        engine = start(_run(here, ep, zero), ranks_of(rank, world_size, ep))
+        engine = start(_run(here, ep, zero, optimizer=optimizer), ranks_of(rank, world_size, ep))
         assert restore(engine, "data") == TrainState(HALF, 123)
         rest = curve(train(engine, HALF, END))
         engine.wrapped.destroy()
@@ -110,15 +139,13 @@ def _go_on(rank: int, world_size: int, layouts: list[tuple[int, int]], source: P
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_checkpoint_goes_on_in_another_layout(world_size: int, runs: Path, tmp_path: Path) -> None:
     """Written on 2 ranks with EP 2 and ZeRO 1; read elsewhere: the next steps are those of the run that went on."""
-    layouts = [(ep, zero) for world, ep, zero in OTHERS if world == world_size]
-    run_ranks(
-        _go_on, world_size, tmp_path, world_size, layouts, runs / "1-fp32/resumed", tmp_path, timeout_s=200
-    )
-    whole = json.loads((runs / "1-fp32/rest.json").read_text())
-    for ep, zero in layouts:
-        rest = json.loads((tmp_path / f"{world_size}-{ep}-{zero}" / "rest.json").read_text())
+    layouts = [layout for world, *layout in OTHERS if world == world_size]
+    run_ranks(_go_on, world_size, tmp_path, world_size, layouts, runs, tmp_path, timeout_s=200)
+    for ep, zero, optimizer in layouts:
+        whole = json.loads((runs / f"1-fp32-{optimizer}/rest.json").read_text())
+        rest = json.loads((tmp_path / f"{world_size}-{ep}-{zero}-{optimizer}" / "rest.json").read_text())
         for term in ("total", "gradient_norm"):
-            assert rest[term] == pytest.approx(whole[term], rel=1e-6), (ep, zero, term)
+            assert rest[term] == pytest.approx(whole[term], rel=1e-6), (ep, zero, optimizer, term)
         assert rest["tokens_per_expert"] == whole["tokens_per_expert"]
 
 
@@ -167,6 +194,8 @@ def _all_refused(rank: int, folder: Path) -> None:
         restore(start(_run(whole, 2, 1), ranks), "other data")
     with pytest.raises(CheckpointError, match=r"train.global_batch_size was 8 and is 16"):
         restore(start(_run(whole, 2, 1, global_batch_size=16), ranks), "data")
+    with pytest.raises(CheckpointError, match=r"train.optimizer.kind was 'adamw' and is 'muon'"):
+        restore(start(_run(whole, 2, 1, optimizer="muon"), ranks), "data")
     with pytest.raises(CheckpointError, match=r"at step 20, but train.steps is 15"):
         restore(start(_run(whole, 2, 1, steps=15), ranks), "data")
 
@@ -174,16 +203,16 @@ def _all_refused(rank: int, folder: Path) -> None:
 @pytest.mark.timeout(300)
 def test_what_cannot_be_trusted_is_refused_by_every_rank(runs: Path, tmp_path: Path) -> None:
     for name, (file, damage, _) in DAMAGE.items():
-        shutil.copytree(runs / "1-fp32/straight", tmp_path / name)
+        shutil.copytree(runs / "1-fp32-adamw/straight", tmp_path / name)
         damage(tmp_path / name / "checkpoints/step_20" / file)
-    shutil.copytree(runs / "1-fp32/straight", tmp_path / "whole")
+    shutil.copytree(runs / "1-fp32-adamw/straight", tmp_path / "whole")
     run_ranks(_all_refused, 2, tmp_path, tmp_path)
 
 
 @pytest.mark.parametrize("name", DAMAGE)
 def test_readers_without_an_engine_refuse_the_same(name: str, runs: Path, tmp_path: Path) -> None:
     file, damage, words = DAMAGE[name]
-    shutil.copytree(runs / "1-fp32/straight", tmp_path / "run")
+    shutil.copytree(runs / "1-fp32-adamw/straight", tmp_path / "run")
     damage(tmp_path / "run/checkpoints/step_20" / file)
     with pytest.raises(CheckpointError, match=words):
         SavedModel.open(tmp_path / "run")
@@ -191,7 +220,7 @@ def test_readers_without_an_engine_refuse_the_same(name: str, runs: Path, tmp_pa
 
 
 def test_a_torn_save_is_never_the_newest(runs: Path, tmp_path: Path) -> None:
-    run = Path(shutil.copytree(runs / "1-fp32/straight", tmp_path / "run"))
+    run = Path(shutil.copytree(runs / "1-fp32-adamw/straight", tmp_path / "run"))
     (run / "checkpoints/step_20").rename(run / "checkpoints/.torn-step_20")
     (run / "checkpoints/step_030").mkdir()
     assert SavedModel.open(run).step == HALF

@@ -64,11 +64,13 @@ def test_layer_equals_reference(
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: none here")
-def test_a_recipe_trains_on_cuda_in_bf16(tmp_path: Path) -> None:
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_recipe_trains_on_cuda_in_bf16(optimizer: str, tmp_path: Path) -> None:
     from moe import dist
-    from tests.dist.layouts import curve, start, tiny, train
+    from tests.dist.layouts import OPTIMIZER, curve, start, tiny, train
 
-    run = tiny(run_dir=str(tmp_path), train={"precision": "bf16", "micro_batch_size": 4})
+    settings = {"precision": "bf16", "micro_batch_size": 4, "optimizer": {**OPTIMIZER, "kind": optimizer}}
+    run = tiny(run_dir=str(tmp_path), train=settings)
     with dist.start(run.parallel) as ranks:
         assert ranks.device.type == "cuda"
         found = curve(train(start(run, ranks), 0, 20))

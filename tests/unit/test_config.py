@@ -38,6 +38,11 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
     "negative": (["train.steps=-1"], ["train.steps is -1", "greater than 0", "train.steps=VALUE"]),
     "zero experts": (["model.moe.num_experts=0"], ["model.moe.num_experts is 0", "greater than 0"]),
     "beta of one": (["train.optimizer.beta2=1.0"], ["train.optimizer.beta2 is 1.0", "less than 1"]),
+    "muon's momentum for adamw": (
+        ["train.optimizer.momentum=0.9"],
+        ["train.optimizer.momentum is 0.9", "kind is adamw", "no effect", "use kind muon"],
+    ),
+    "unknown optimizer": (["train.optimizer.kind=sgd"], ["kind is 'sgd'", "'adamw' or 'muon'"]),
     "fraction above one": (
         ["train.schedule.final_fraction=2"],
         ["final_fraction is 2", "less than or equal to 1"],

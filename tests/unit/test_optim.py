@@ -6,15 +6,15 @@ import pytest
 
 from moe.config import AttentionConfig, ModelConfig, MoEConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from moe.model import Transformer
-from moe.optim import adamw, learning_rate, parameter_groups
+from moe.optim import learning_rate, make, parameter_groups
 
 
-def _train(schedule: ScheduleConfig, steps: int = 100) -> TrainConfig:
+def _train(schedule: ScheduleConfig, steps: int = 100, weight_decay: float = 0.1) -> TrainConfig:
     return TrainConfig(
         steps=steps,
         global_batch_size=1,
         micro_batch_size=1,
-        optimizer=OptimizerConfig(learning_rate=1.0),
+        optimizer=OptimizerConfig(learning_rate=1.0, weight_decay=weight_decay),
         schedule=schedule,
     )
 
@@ -48,14 +48,14 @@ def test_matrices_decay_and_vectors_do_not() -> None:
         hidden_size=8,
         num_layers=1,
         attention=AttentionConfig(num_heads=2, qkv_bias=True),
-        moe=MoEConfig(num_experts=2, top_k=2, expert_intermediate_size=4),
+        moe=MoEConfig(num_experts=2, top_k=2, expert_intermediate_size=4, expert_bias=True, latent_size=6),
     )
     model = Transformer(config)
-    optimizer = OptimizerConfig(learning_rate=1.0, weight_decay=0.3)
-    groups = parameter_groups(model, optimizer)
+    train = _train(ScheduleConfig(), weight_decay=0.3)
+    groups = parameter_groups(model, train.optimizer)
     names = {id(p): name for name, p in model.named_parameters()}
     decayed = {names[id(p)] for p in groups[0]["params"]}
     plain = {names[id(p)] for p in groups[1]["params"]}
     assert decayed | plain == set(names.values())
     assert plain == {name for name in names.values() if "norm" in name or name.endswith("bias")}
-    assert [group["weight_decay"] for group in adamw(groups, optimizer).param_groups] == [0.3, 0.0]
+    assert [group["weight_decay"] for group in make(groups, model, train).param_groups] == [0.3, 0.0]
