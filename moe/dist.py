@@ -52,6 +52,24 @@ class Ranks:
             dist.all_reduce(tensor)
         return tensor
 
+    def sum_all(self, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+        """Each summed over all ranks, in its dtype, in one collective; None stays None.
+
+        The sum is made in float64, where integers are exact up to 2^53.
+        """
+        given = [tensor for tensor in tensors if tensor is not None]
+        flat = self.sum(torch.cat([tensor.double().flatten() for tensor in given]))
+        sums = iter(flat.split([tensor.numel() for tensor in given]))
+        return [
+            None if tensor is None else next(sums).view(tensor.shape).to(tensor.dtype) for tensor in tensors
+        ]
+
+    def max(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Largest of all ranks, element by element, in place; returns `tensor`."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX)
+        return tensor
+
     def any(self, flag: bool) -> bool:
         """Whether any rank says yes; all ranks get the same answer. Never waits for the device."""
         if self.world_size == 1:

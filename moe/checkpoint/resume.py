@@ -39,9 +39,12 @@ def restore(engine: Engine, data_fingerprint: str) -> TrainState:
             states.write(engine, parameter, state, value)
         for name, buffer in engine.model.named_buffers():
             buffer.copy_(tensors.get(states.key(states.WEIGHT, name)))
+        unused = None
+        if states.STEPS_SINCE_USE in manifest.tensors:
+            unused = tensors.get(states.STEPS_SINCE_USE).to(engine.ranks.device)
     _restore_rng(engine.ranks, folder, manifest)
     engine.ranks.barrier()
-    return TrainState(manifest.step, manifest.tokens)
+    return TrainState(manifest.step, manifest.tokens, unused)
 
 
 def _verify_together(ranks: Ranks, folder: Path, manifest: Manifest) -> None:

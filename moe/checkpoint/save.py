@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -20,6 +20,7 @@ from moe.dist import Ranks
 from moe.engine.engine import Engine
 from moe.errors import CheckpointError
 from moe.recipe import dump
+from moe.sparse.health import steps_since_use
 
 T = TypeVar("T")
 
@@ -32,10 +33,17 @@ class TrainState:
     """Optimizer steps taken; fixes the learning rate too."""
     tokens: int = 0
     """Tokens trained on, masked ones included."""
+    steps_since_use_LE: Tensor | None = field(default=None, compare=False)
+    """int64: steps that each expert of each sparse layer has gone without a token; None: none taken, or dense.
+    For the records alone.
+    """
 
-    def after(self, num_tokens: int) -> "TrainState":
-        """One step of `num_tokens` further."""
-        return TrainState(self.step + 1, self.tokens + num_tokens)
+    def after(self, num_tokens: int, tokens_per_expert: Tensor | None = None) -> "TrainState":
+        """One step of `num_tokens` further; `tokens_per_expert`: int64 [L, E], of the global batch."""
+        unused = self.steps_since_use_LE
+        if tokens_per_expert is not None:
+            unused = steps_since_use(unused, tokens_per_expert)
+        return TrainState(self.step + 1, self.tokens + num_tokens, unused)
 
 
 def save(engine: Engine, state: TrainState, data_fingerprint: str) -> Path:
@@ -50,6 +58,8 @@ def save(engine: Engine, state: TrainState, data_fingerprint: str) -> Path:
         return target  # a run that went on from an older checkpoint comes by again: the same state
     torn = target.with_name(f".torn-{target.name}")
     tensors = dict(states.collect(engine))
+    if ranks.speaks and state.steps_since_use_LE is not None:
+        tensors[states.STEPS_SINCE_USE] = state.steps_since_use_LE.cpu()
     _together(ranks, torn, lambda: _begin(torn) if ranks.speaks else None)
     parts = _together(ranks, torn, lambda: _write_part(ranks.rank, tensors, torn))
     fixed = (state, data_fingerprint, ranks.world_size)

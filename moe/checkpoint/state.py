@@ -16,6 +16,8 @@ from moe.engine.groups import is_expert
 from moe.engine.partition import Home
 
 WEIGHT = "weight"
+STEPS_SINCE_USE = "steps_since_use"
+"""Key of the one tensor that no training step depends on; see `moe.sparse.health`."""
 
 
 def key(state: str, name: str, expert: int | None = None) -> str:

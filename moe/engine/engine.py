@@ -26,7 +26,8 @@ from moe.errors import TrainingError
 from moe.loss import Losses, Totals
 from moe.model import ModelOutput, Transformer
 from moe.seed import number
-from moe.sparse import Jitter, balance
+from moe.sparse import Jitter, balance, health
+from moe.sparse.health import Health, Sample
 
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # isort: skip
 
@@ -51,7 +52,9 @@ class StepResult:
     tokens_per_expert: Tensor | None
     """int64 [L, E] over all ranks and micro-batches; None for a dense model."""
     num_dropped: Tensor | None
-    """int64: choices that found their expert full, over all layers, ranks and micro-batches."""
+    """int64 [L]: choices that found their expert full, over all ranks and micro-batches; None for a dense model."""
+    health: Health | None
+    """Over all ranks and micro-batches; None if it was not asked for, and for a dense model."""
 
 
 class Engine:
@@ -91,8 +94,10 @@ class Engine:
         show_partitions(wrapped.optimizer, engine.homes)
         return engine
 
-    def step(self, batches: Sequence[Batch], step: int) -> StepResult:
+    def step(self, batches: Sequence[Batch], step: int, *, observe: bool = False) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of optimizer step `step` (from 0).
+
+        With `observe` the health of the sparse layers is looked at too, for one more collective.
 
         Collective. All shares are scaled so that DeepSpeed's mean over ranks and micro-batches gives back the
         gradient of the mean over the global batch's unmasked tokens.
@@ -105,7 +110,7 @@ class Engine:
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = rate
         sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
-        load, norm = None, None
+        load, norm, sample = None, None, None
         for batch, jitter in zip(batches, jitters, strict=True):
             output = self.wrapped(batch.input_ids_BS, batch.labels_BS, batch.mask_BS, jitter)
             here = self._losses(output, batch, totals)
@@ -117,12 +122,20 @@ class Engine:
             sums += torch.stack([here.cross_entropy, here.load_balancing, here.router_z, here.total.detach()])
             load_here = loss.local_load(output)
             load = load_here if load is None or load_here is None else load + load_here
+            if observe and output.records:
+                sample = health.observe(output.records, batch.mask_BS.flatten()).joined(sample)
         if norm is None:
             norm = torch.as_tensor(self.wrapped.get_global_grad_norm())
             self._refuse_divergence(step, norm)
+        terms, load, seen = self.ranks.sum_all(sums, load, sample.sums_LM if sample is not None else None)
+        found = None
+        if sample is not None and seen is not None:
+            sample = Sample(seen, self.ranks.max(sample.maxima_L2))
+            found = health.summarize(sample, totals.num_tokens, self.model.selection_biases())
         if load is not None:
-            self._move_biases(self.ranks.sum(load)[:, :-1])
-        cross_entropy, load_balancing, router_z, total = self.ranks.sum(sums).unbind()
+            self._move_biases(load[:, :-1])
+        assert terms is not None
+        cross_entropy, load_balancing, router_z, total = terms.unbind()
         return StepResult(
             cross_entropy=cross_entropy,
             load_balancing=load_balancing,
@@ -132,7 +145,8 @@ class Engine:
             learning_rate=rate,
             num_tokens=self.run.train.global_batch_size * self.run.data.sequence_length,
             tokens_per_expert=load[:, :-1] if load is not None else None,
-            num_dropped=load[:, -1].sum() if load is not None else None,
+            num_dropped=load[:, -1] if load is not None else None,
+            health=found,
         )
 
     @torch.no_grad()

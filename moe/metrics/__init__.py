@@ -1,4 +1,37 @@
-"""Results of steps -> numbers on the screen, in metrics.jsonl and, by option, in TensorBoard."""
+"""Results of steps -> numbers on the screen, in metrics.jsonl and, by option, in TensorBoard.
+
+A line of metrics.jsonl is a JSON object. One of a training step has
+
+| key | |
+|---|---|
+| `step`, `tokens` | optimizer steps taken, and tokens trained on, masked ones included |
+| `loss` | cross-entropy, nats per unmasked token, before the step |
+| `grad_norm`, `learning_rate` | the global norm before clipping; the rate of this step |
+| `seconds`, `tokens_per_second`, `mfu` | of a step, mean since the last record; without evaluation and saves |
+
+and, of a model with sparse layers, over the global batch of that step and its unmasked tokens alone
+
+| key | |
+|---|---|
+| `load_balancing_loss`, `router_z_loss` | unweighted, mean over sparse layers; the former is 1 in balance |
+| `tokens_per_expert` | [L][E]: choices of each expert of each sparse layer, bottom to top, dropped ones included |
+| `max_violation` | largest load over mean load, minus 1, of the worst layer |
+| `dead_experts` | experts of all layers without a token for 100 steps |
+| `dropped` | share of the choices that found their expert full; with a capacity only |
+| `per_layer` | an object of lists [L]: |
+| ... `max_violation`, `dead_experts`, `dropped` | as above, layer by layer |
+| ... `steps_since_use` | steps that the layer's longest unused expert has gone without a token |
+| ... `load_entropy` | entropy of the load over log E: 1 is balance, 0 one expert |
+| ... `router_entropy` | entropy of the mean of the tokens' probabilities over log E; 1: no expert is preferred |
+| ... `token_entropy` | mean of the entropies of the tokens' probabilities over log E; 1: undecided, 0: certain |
+| ... `logit_rms`, `logit_max` | of the router's logits: root mean square, and the largest absolute value |
+| ... `log_sum_exp_max` | largest log of a token's summed exponentiated logits |
+| ... `bias_min`, `bias_max` | range of the selection biases that routed the step; with them only |
+
+One of an evaluation has `step`, `validation_loss` (nats per token) and `bits_per_byte`. TensorBoard gets every
+number, those of a layer as `NAME/layer_0`, `NAME/layer_1`, and so on. `moe.sparse.health` and `moe.sparse.balance`
+hold the definitions and their sources.
+"""
 
 from moe.metrics.meter import Meter
 from moe.metrics.tracker import Tracker

@@ -1,4 +1,7 @@
-"""Results of steps -> records: reads device tensors only when one is due, and keeps the time."""
+"""Results of steps -> records: reads device tensors only when one is due, and keeps the time.
+
+L sparse layers, E experts.
+"""
 
 import time
 from collections.abc import Iterator
@@ -14,6 +17,7 @@ from moe.metrics.peak import peak_flops
 from moe.metrics.tracker import Tracker
 from moe.model import count
 from moe.sparse.balance import max_violation
+from moe.sparse.health import Health, dead_experts, normalized_entropy
 
 
 class Result(Protocol):
@@ -35,6 +39,8 @@ class Result(Protocol):
     def tokens_per_expert(self) -> Tensor | None: ...
     @property
     def num_dropped(self) -> Tensor | None: ...
+    @property
+    def health(self) -> Health | None: ...
 
 
 class Meter:
@@ -47,12 +53,19 @@ class Meter:
         self._run, self._tracker = run, tracker
         self._began, self._steps = time.perf_counter(), 0
 
-    def step(self, result: Result, *, step: int, tokens: int) -> None:
-        """Count the step that brought the run to `step` and `tokens`; write its record if one is due."""
+    def due(self, step: int) -> bool:
+        """Whether `step` (from 1) gets a record; the same on all ranks."""
+        return step % self._run.logging.every_steps == 0 or step == self._run.train.steps
+
+    def step(self, result: Result, *, step: int, tokens: int, unused: Tensor | None = None) -> None:
+        """Count the step that brought the run to `step` and `tokens`; write its record if one is due.
+
+        `unused`: int64 [L, E], the steps since each expert had a token.
+        """
         self._steps += 1
-        if step % self._run.logging.every_steps and step != self._run.train.steps:
+        if not self.due(step):
             return
-        record = {"step": step, "tokens": tokens, **self._record(result)}
+        record = {"step": step, "tokens": tokens, **self._record(result, unused)}
         if self._tracker is not None:
             self._tracker.log(record)
         self._began, self._steps = time.perf_counter(), 0
@@ -64,7 +77,7 @@ class Meter:
         yield
         self._began += time.perf_counter() - began
 
-    def _record(self, result: Result) -> dict[str, Any]:
+    def _record(self, result: Result, unused: Tensor | None) -> dict[str, Any]:
         loss = float(result.cross_entropy)  # waits for the device
         seconds = (time.perf_counter() - self._began) / self._steps
         record: dict[str, Any] = {
@@ -75,12 +88,32 @@ class Meter:
             "tokens_per_second": result.num_tokens / seconds,
             "mfu": result.num_tokens / seconds * self._share_per_token,
         }
-        if result.tokens_per_expert is not None:
+        counts_LE = result.tokens_per_expert
+        if counts_LE is not None:
+            limited = self._run.balance.capacity_factor is not None
+            per_layer = _per_layer(counts_LE, result.num_dropped if limited else None, result.health, unused)
             record["load_balancing_loss"] = float(result.load_balancing)
             record["router_z_loss"] = float(result.router_z)
-            record["max_violation"] = float(max_violation(result.tokens_per_expert).max())
-            record["tokens_per_expert"] = result.tokens_per_expert.tolist()
-            if self._run.balance.capacity_factor is not None and result.num_dropped is not None:
-                choices = int(result.tokens_per_expert.sum())
-                record["dropped"] = int(result.num_dropped) / max(choices, 1)
+            record["max_violation"] = max(per_layer["max_violation"])
+            if "dead_experts" in per_layer:
+                record["dead_experts"] = sum(per_layer["dead_experts"])
+            if limited and result.num_dropped is not None:
+                record["dropped"] = int(result.num_dropped.sum()) / max(int(counts_LE.sum()), 1)
+            record["tokens_per_expert"] = counts_LE.tolist()
+            record["per_layer"] = per_layer
         return record
+
+
+def _per_layer(
+    counts_LE: Tensor, num_dropped_L: Tensor | None, health: Health | None, unused_LE: Tensor | None
+) -> dict[str, list[float]]:
+    """What is known of each sparse layer, by the names that records have; here the tensors are read."""
+    found = {"max_violation": max_violation(counts_LE), "load_entropy": normalized_entropy(counts_LE)}
+    if num_dropped_L is not None:
+        found["dropped"] = num_dropped_L.double() / counts_LE.sum(1).clamp(min=1)
+    if unused_LE is not None:
+        found["dead_experts"] = dead_experts(unused_LE)
+        found["steps_since_use"] = unused_LE.amax(1)
+    if health is not None:
+        found |= {name: value for name, value in vars(health).items() if value is not None}
+    return {name: value.tolist() for name, value in found.items()}

@@ -78,8 +78,15 @@ class Tracker:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._board is not None:
-            scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
-            self._board.log(scalars, step=record["step"])
+            self._board.log(_scalars(record), step=record["step"])
+
+
+def _scalars(record: Record) -> dict[str, float]:
+    """What TensorBoard shows; it groups by what stands before the slash."""
+    scalars = {k: v for k, v in record.items() if isinstance(v, int | float) and k != "step"}
+    for name, values in record.get("per_layer", {}).items():
+        scalars |= {f"{name}/layer_{layer}": value for layer, value in enumerate(values)}
+    return scalars
 
 
 def _status(record: Record) -> str:
@@ -100,6 +107,8 @@ def _sentence(record: Record) -> str:
         parts.append(f"max violation {record['max_violation']:.2f}")
     if "dropped" in record:
         parts.append(f"dropped {100 * record['dropped']:.1f} %")
+    if record.get("dead_experts"):
+        parts.append(f"dead experts {record['dead_experts']}")
     return "  ".join(parts)
 
 

@@ -31,6 +31,8 @@ class RoutingRecord:
     """int64: choices of unmasked tokens on this rank, dropped ones included."""
     num_dropped: Tensor
     """int64 scalar: choices of unmasked tokens that found their expert full."""
+    logits_TE: Tensor
+    """float32, without gradient."""
 
 
 @dataclass(frozen=True)
@@ -46,10 +48,16 @@ class Routing:
     probabilities_TE: Tensor
     log_sum_exp_T: Tensor
     counts_E: Tensor
+    logits_TE: Tensor
 
     def record(self, num_dropped: Tensor) -> RoutingRecord:
         return RoutingRecord(
-            self.ids_TK, self.probabilities_TE, self.log_sum_exp_T, self.counts_E, num_dropped
+            self.ids_TK,
+            self.probabilities_TE,
+            self.log_sum_exp_T,
+            self.counts_E,
+            num_dropped,
+            self.logits_TE,
         )
 
 
@@ -94,6 +102,7 @@ class Router(nn.Module):
             probabilities_TE=probabilities_TE,
             log_sum_exp_T=torch.logsumexp(logits_TE, dim=-1),
             counts_E=count_choices(ids_TK, kept_TK, self.config.num_experts),
+            logits_TE=logits_TE.detach(),
         )
 
     def _scores(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:

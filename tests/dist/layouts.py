@@ -13,6 +13,7 @@ from moe.dist import Ranks
 from moe.engine.engine import Engine, StepResult
 from moe.model import Transformer, initialize
 from moe.sparse import Capacity, ExpertLayout
+from moe.sparse.health import Health
 
 VOCAB, LENGTH = 128, 32
 OPTIMIZER = {"learning_rate": 3e-3, "gradient_clipping": 0.5}
@@ -96,6 +97,7 @@ class Curve:
     router_z: list[float]
     gradient_norm: list[float]
     tokens_per_expert: list[list[list[int]]]
+    health: list[dict[str, list[float]]]
 
 
 def start(run: RunConfig, ranks: Ranks) -> Engine:
@@ -109,7 +111,10 @@ def start(run: RunConfig, ranks: Ranks) -> Engine:
 
 def train(engine: Engine, first: int, last: int) -> list[StepResult]:
     """Steps first to last - 1."""
-    return [engine.step(batches(engine.run, engine.ranks, step), step) for step in range(first, last)]
+    return [
+        engine.step(batches(engine.run, engine.ranks, step), step, observe=True)
+        for step in range(first, last)
+    ]
 
 
 def curve(results: Sequence[StepResult]) -> Curve:
@@ -121,4 +126,10 @@ def curve(results: Sequence[StepResult]) -> Curve:
         router_z=[float(r.router_z) for r in results],
         gradient_norm=[float(r.gradient_norm) for r in results],
         tokens_per_expert=[r.tokens_per_expert.tolist() for r in results if r.tokens_per_expert is not None],
+        health=[plain(r.health) for r in results if r.health is not None],
     )
+
+
+def plain(health: Health) -> dict[str, list[float]]:
+    """Each quantity of each layer."""
+    return {name: value.tolist() for name, value in vars(health).items() if value is not None}

@@ -1,7 +1,8 @@
 """The same recipe in many layouts, step by step beside one process. As a command: `make parity`.
 
 Prints, for each layout, the largest relative deviation over 20 steps of the loss (all its terms), of the gradient
-norm, and whether every expert was chosen equally often; exits 1 if any is beyond its bound.
+norm and of the sparse layers' health, and whether every expert was chosen equally often; exits 1 if any is beyond
+its bound.
 """
 
 import dataclasses
@@ -178,6 +179,7 @@ class Deviation:
     loss: float
     gradient_norm: float
     counts_equal: bool
+    health: float
 
 
 def deviation(curve: Curve, reference: Curve) -> Deviation:
@@ -187,7 +189,12 @@ def deviation(curve: Curve, reference: Curve) -> Deviation:
         max(_relative(getattr(curve, term), getattr(reference, term)) for term in terms),
         _relative(curve.gradient_norm, reference.gradient_norm),
         curve.tokens_per_expert == reference.tokens_per_expert,
+        _relative(_flat(curve), _flat(reference)) if reference.health else 0.0,
     )
+
+
+def _flat(curve: Curve) -> list[float]:
+    return [value for step in curve.health for name in sorted(step) for value in step[name]]
 
 
 def curves(layouts: Sequence[Layout], folder: Path, steps: int = 20) -> dict[Layout, Curve]:
@@ -233,12 +240,13 @@ def main() -> int:
         "optimizer",
         "loss",
         "grad norm",
+        "health",
         "counts",
     )
     failed = 0
     for layout in layouts:
         far = deviation(found[layout], found[layout.reference()])
-        right = far.loss < 1e-5 and far.gradient_norm < 1e-4 and far.counts_equal
+        right = far.loss < 1e-5 and far.gradient_norm < 1e-4 and far.health < 1e-5 and far.counts_equal
         failed += not right
         cells = (layout.world_size, layout.expert_parallel_size, layout.zero_stage, layout.accumulation)
         counts = "equal" if far.counts_equal else "differ"
@@ -249,6 +257,7 @@ def main() -> int:
             layout.optimizer,
             f"{far.loss:.1e}",
             f"{far.gradient_norm:.1e}",
+            f"{far.health:.1e}",
             counts,
         )
         table.add_row(*map(str, cells), *shown, style=None if right else "red")

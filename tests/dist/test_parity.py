@@ -1,4 +1,4 @@
-"""Any layout trains as one process does: loss within 1e-5, gradient norm within 1e-4, each of 20 steps."""
+"""Any layout trains as one process does: loss and health within 1e-5, gradient norm within 1e-4, each of 20 steps."""
 
 import json
 from pathlib import Path
@@ -23,6 +23,7 @@ def test_layout_equals_one_process(layout: Layout, trained: dict[Layout, Curve])
     assert far.loss < 1e-5
     assert far.gradient_norm < 1e-4
     assert far.counts_equal
+    assert far.health < 1e-5
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])

@@ -17,7 +17,7 @@ def _record(logits_TE: torch.Tensor, top_k: int, mask_T: torch.Tensor | None = N
     ids = torch.topk(scores, top_k).indices
     counts = count_choices(ids, mask_T, logits_TE.shape[1])
     dropped = torch.zeros((), dtype=torch.int64)
-    return RoutingRecord(ids, scores, torch.logsumexp(logits_TE, -1), counts, dropped)
+    return RoutingRecord(ids, scores, torch.logsumexp(logits_TE, -1), counts, dropped, logits_TE.detach())
 
 
 def test_balance_is_one_and_collapse_is_the_number_of_experts() -> None:
