@@ -14,7 +14,7 @@ from moe.recipe import load
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option("--png", type=click.Path(path_type=Path), help="File to write; RUN/report.png if not given.")
 def command(run: Path, png: Path | None) -> None:
-    """Draw the loss and the load of the experts of the run folder RUN."""
+    """Draw the loss, the load of the experts and the health of the sparse layers of the run folder RUN."""
     log.setup()
     with clean_exit():
         from moe.report.plot import plot_run

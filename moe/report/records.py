@@ -20,6 +20,11 @@ class Records:
         rows = [row for row in self.training if row.get(name) is not None]
         return [row["step"] for row in rows], [row[name] for row in rows]
 
+    def per_layer(self, name: str) -> tuple[list[int], list[list[float]]]:
+        """Steps, and for each the values of all sparse layers, of the training records that have `name`."""
+        rows = [row for row in self.training if (row.get("per_layer") or {}).get(name)]
+        return [row["step"] for row in rows], [row["per_layer"][name] for row in rows]
+
 
 def read(path: Path) -> Records:
     """Read them; a step that a resumed run did again counts as it was done last.

@@ -12,9 +12,11 @@ from click.testing import CliRunner
 
 from moe import evaluate
 from moe.errors import CheckpointError
-from moe.report import command, plot
+from moe.report import command, layers, line
+from moe.report.loads import Loads
 from moe.report.plot import plot_run
 from moe.report.records import read
+from moe.sparse.health import DEAD_AFTER_STEPS
 
 
 def training(step: int, *, layers: int = 2, experts: int = 4, loss: float | None = None) -> dict[str, Any]:
@@ -27,6 +29,15 @@ def training(step: int, *, layers: int = 2, experts: int = 4, loss: float | None
         row["tokens_per_expert"] = [[step + expert for expert in range(experts)] for _ in range(layers)]
         row["max_violation"] = 0.3
     return row
+
+
+def healthy(step: int, *, layers: int = 2, dead: int = 0, **more: float) -> dict[str, Any]:
+    """A record as it is written now; `training` is one of an older version."""
+    names = ("max_violation", "load_entropy", "router_entropy", "token_entropy", "logit_rms", "logit_max")
+    per_layer = {name: [0.5 + layer / step for layer in range(layers)] for name in names}
+    per_layer |= {name: [value] * layers for name, value in more.items()}
+    counts = {"steps_since_use": [step] * layers, "dead_experts": [dead] * layers}
+    return training(step, layers=layers) | {"per_layer": per_layer | counts}
 
 
 def evaluation(step: int) -> dict[str, Any]:
@@ -63,10 +74,69 @@ def test_a_sparse_run_is_drawn(rows: list[dict[str, Any]], tmp_path: Path) -> No
     assert width > height > 900
 
 
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [healthy(1)],
+        [healthy(step, layers=12, dropped=0.1, logit_max=float("nan")) for step in range(1, 90)],
+        [training(1), healthy(2), healthy(3), training(4)],
+    ],
+    ids=["one step", "many layers, long, not finite", "begun by an older version"],
+)
+def test_the_health_of_layers_is_drawn(rows: list[dict[str, Any]], tmp_path: Path) -> None:
+    plot_run(write(tmp_path, rows), tmp_path / "report.png")
+    width, height = size(tmp_path / "report.png")
+    assert height > width  # two rows of panels more than without
+
+
+def test_panels_are_drawn_for_what_there_is(tmp_path: Path) -> None:
+    def titles(*rows: dict[str, Any]) -> list[str]:
+        from matplotlib.figure import Figure
+
+        records, found = read(write(tmp_path, list(rows))), []
+        for draw in layers.panels(records):
+            axes = Figure().add_subplot()
+            draw(axes)
+            found.append(axes.get_title(loc="left") or axes.get_title())
+        return found
+
+    always = [
+        "Entropy of the load",
+        "Entropy of the mean probabilities",
+        "Entropy of a token's probabilities",
+    ]
+    always += ["Router logits", "Largest router logit", "Longest unused expert"]
+    dead = f"Dead experts (no token for {DEAD_AFTER_STEPS} steps)"
+    assert titles(training(1)) == []
+    assert titles(healthy(1)) == always
+    assert titles(healthy(1), healthy(2, dead=1)) == [*always, dead]
+    assert titles(healthy(1, dropped=0.0)) == [*always, "Dropped choices"]
+    assert titles(healthy(1, bias_min=-0.1, bias_max=0.2)) == [*always, "Selection bias"]
+
+
+def test_the_map_of_the_run_holds_every_expert_at_every_time(tmp_path: Path) -> None:
+    rows = [training(step) | {"tokens_per_expert": [[step, 0], [1, 3]]} for step in range(1, 1001)]
+    loads = Loads.of(read(write(tmp_path, rows)))
+    assert loads is not None
+    assert loads.history_NLE.shape[1:] == (2, 2)
+    assert len(loads.history_NLE) <= 240
+    assert loads.history_NLE[0].tolist() == loads.history_NLE[-1].tolist() == [[2.0, 0.0], [0.5, 1.5]]
+    assert loads.latest_LE.tolist() == [[2.0, 0.0], [0.5, 1.5]]
+    assert (loads.first_step, loads.last_step, loads.averaged) == (1, 1000, 50)
+
+
+def test_a_peak_survives_the_smoothing_of_maxima() -> None:
+    values = [1.0] * 300
+    values[150] = 9.0
+    assert line.largest(values).max() == 9.0
+    assert line.largest(values)[[0, 140, 160, 299]].tolist() == [1.0] * 4
+    assert len(line.largest(values)) == 300
+
+
 def test_one_number_that_is_not_finite_does_not_hide_the_rest(tmp_path: Path) -> None:
     values = [float(step) for step in range(100)]
     values[40] = float("nan")
-    smoothed = plot._smooth(values)
+    smoothed = line.mean(values)
     assert smoothed[0] == 0.0
     assert smoothed[20] == pytest.approx(20.0)
     assert smoothed[80] == pytest.approx(80.0)
