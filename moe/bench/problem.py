@@ -120,28 +120,36 @@ class Answer:
         """Relative distance (Frobenius) of each of the six tensors from the right one."""
         names = ("output", "input", "router", "gate", "up", "down")
         pairs = zip(names, vars(self).values(), vars(right).values(), strict=True)
-        return {name: float((ours.double() - exact).norm() / exact.norm()) for name, ours, exact in pairs}
+        return {name: _norm(ours - exact) / _norm(exact) for name, ours, exact in pairs}
+
+
+def _norm(tensor: Tensor) -> float:
+    return float(torch.linalg.vector_norm(tensor, dtype=torch.float64))
 
 
 def solve(problem: Problem, ids_TK: Tensor | None = None) -> Answer:
-    """The right answer in float64, expert by expert, on the choices given, or else the problem's own."""
+    """The right answer by float64, expert by expert, on the choices given, or else the problem's own.
+
+    The experts' gradients are kept in float32 where the problem is no wider: those of a real model are gigabytes.
+    """
     ids_TK = problem.choices() if ids_TK is None else ids_TK
-    x, router = (t.double().requires_grad_() for t in (problem.x_TD, problem.router_ED))
+    x, router = (t.detach().double().requires_grad_() for t in (problem.x_TD, problem.router_ED))
     weights_TK = torch.softmax(x @ router.t(), -1).gather(1, ids_TK)
     weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True)
     # Leaves of the experts' part, so that each expert's graph ends before the next one's begins.
     rows, share_TK = x.detach().requires_grad_(), weights_TK.detach().requires_grad_()
     y, grad = torch.zeros_like(x), problem.grad_TD.double()
     stacked = (problem.gate_EFD, problem.up_EFD, problem.down_EDF)
-    grads = [torch.zeros_like(weight, dtype=torch.float64) for weight in stacked]
+    kept = torch.promote_types(problem.x_TD.dtype, torch.float32)
+    grads = [torch.zeros_like(weight, dtype=kept) for weight in stacked]
     for e in range(problem.shape.experts):
         token, choice = torch.where(ids_TK == e)
-        leaves = [weight[e].double().requires_grad_() for weight in stacked]
+        leaves = [weight[e].detach().double().requires_grad_() for weight in stacked]
         gate, up, down = leaves
         h = F.silu(rows[token] @ gate.t()) * (rows[token] @ up.t())
         out = (h @ down.t()) * share_TK[token, choice].unsqueeze(-1)
         out.backward(grad[token])
-        y = y.detach().index_add(0, token, out.detach())
+        y.index_add_(0, token, out.detach())
         for whole, leaf in zip(grads, leaves, strict=True):
             assert leaf.grad is not None
             whole[e] = leaf.grad

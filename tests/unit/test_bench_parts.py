@@ -23,7 +23,9 @@ CPU = torch.device("cpu")
 def by_masks(problem: Problem, ids_TK: Tensor) -> Answer:
     """Every expert on every token, unchosen ones times zero; torch's own backward, float64."""
     names = ("x_TD", "router_ED", "gate_EFD", "up_EFD", "down_EDF")
-    x, router, gate, up, down = leaves = [getattr(problem, n).double().requires_grad_() for n in names]
+    x, router, gate, up, down = leaves = [
+        getattr(problem, n).detach().double().requires_grad_() for n in names
+    ]
     chosen_TE = torch.zeros(len(x), problem.shape.experts, dtype=torch.float64).scatter(1, ids_TK, 1.0)
     weights_TE = torch.softmax(x @ router.t(), dim=-1) * chosen_TE
     weights_TE = weights_TE / weights_TE.sum(-1, keepdim=True)
@@ -35,7 +37,7 @@ def by_masks(problem: Problem, ids_TK: Tensor) -> Answer:
 
 @pytest.mark.parametrize("routing", ["real", "forced"])
 def test_the_right_answer_is_that_of_masked_dense_experts(routing: RoutingKind) -> None:
-    problem = Problem.draw(SHAPE, torch.float32, routing=routing)
+    problem = Problem.draw(SHAPE, torch.float64, routing=routing)
     assert max(solve(problem).errors(by_masks(problem, problem.choices())).values()) < 1e-12
     others_TK = torch.tensor([[0, 2, 5]]).expand(SHAPE.tokens, -1)  # and experts without a token
     assert max(solve(problem, others_TK).errors(by_masks(problem, others_TK)).values()) < 1e-12
