@@ -44,7 +44,8 @@ class Line:
     errors: dict[str, float]
     """Relative (Frobenius) against float64: of the output and the gradients of the input and each weight."""
     other_choices: float
-    """Share of the choices in which its own router differs from float32's; `error` is on its own choices."""
+    """Share of the choices in which its own router differs from float32's, or that are not dealt evenly where routing
+    is forced; `error` is on its own choices."""
     rounds: int
     forward_s: float
     total_s: float
@@ -135,8 +136,10 @@ def _check(entry: Entry, problem: Problem, right: Answer) -> _Checked:
     with torch.no_grad():
         ids_TK = contender.choices(problem.x_TD)
     other = 0.0 if ids_TK is None else _share_of_others(ids_TK, problem.choices(), problem.shape.experts)
-    if other:
+    if ids_TK is not None and other:
         right = solve(problem, ids_TK)
+        if problem.routing == "forced":  # any even deal will do
+            other = _imbalance(ids_TK, problem.shape.experts)
     return _Checked(entry, contender, answer.errors(right), other, peak)
 
 
@@ -145,6 +148,12 @@ def _share_of_others(ids_TK: Tensor, expected_TK: Tensor, num_experts: int) -> f
     expected_TE = torch.zeros(len(ids_TK), num_experts, dtype=torch.bool, device=ids_TK.device)
     expected_TE.scatter_(1, expected_TK, True)
     return 1.0 - float(expected_TE.gather(1, ids_TK.long()).double().mean())
+
+
+def _imbalance(ids_TK: Tensor, num_experts: int) -> float:
+    """Share of the choices that would have to change for equal loads."""
+    loads_E = torch.bincount(ids_TK.flatten(), minlength=num_experts).double()
+    return float((loads_E - loads_E.mean()).abs().sum() / (2 * loads_E.sum()))
 
 
 def _race(

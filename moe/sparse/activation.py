@@ -33,29 +33,31 @@ class GatedUnit:
 
     def __call__(self, gate_up: Tensor) -> Tensor:
         """[..., 2F] -> [..., F], by autograd."""
-        gate, up = self._limited(*gate_up.chunk(2, dim=-1))
+        gate, up = gate_up.chunk(2, dim=-1)
+        if self.limit is not None:
+            gate = gate.clamp(max=self.limit)
         activated = F.silu(gate) if self.alpha == 1 else gate * torch.sigmoid(self.alpha * gate)
-        return activated * (up + self.offset if self.offset else up)
+        return activated * self._factor(up)
 
-    def activate(self, gate_up: Tensor, out: Tensor) -> Tensor:
+    def activate(self, gate: Tensor, out: Tensor) -> Tensor:
         """Write g sigmoid(alpha g) to `out` [n, F]."""
-        gate, _ = self._limited(*gate_up.chunk(2, dim=-1))
+        if self.limit is not None:
+            gate = gate.clamp(max=self.limit)
         if self.alpha == 1:
             return torch.ops.aten.silu.out(gate, out=out)  # type: ignore[no-any-return]  # untyped
         return torch.ops.aten.silu.out(gate * self.alpha, out=out).div_(self.alpha)  # type: ignore[no-any-return]
 
-    def scale(self, activated: Tensor, gate_up: Tensor, out: Tensor) -> Tensor:
+    def scale(self, activated: Tensor, up: Tensor, out: Tensor) -> Tensor:
         """Write `activated` (u + offset) to `out` [n, F], which may be `activated`."""
-        _, up = self._limited(*gate_up.chunk(2, dim=-1))
-        return torch.mul(activated, up + self.offset if self.offset else up, out=out)
+        return torch.mul(activated, self._factor(up), out=out)
 
-    def backward(self, gate_up: Tensor, activated: Tensor, grad: Tensor, out: Tensor) -> Tensor:
-        """Write the gradient of `gate_up` to `out` [n, 2F], from that of the product, `grad`, which is overwritten."""
-        gate, up = gate_up.chunk(2, dim=-1)
-        g, u = self._limited(gate, up)
-        grad_gate, grad_up = out.chunk(2, dim=-1)
+    def backward(
+        self, gate: Tensor, up: Tensor, activated: Tensor, grad: Tensor, grad_gate: Tensor, grad_up: Tensor
+    ) -> None:
+        """Write the gradients of `gate` and `up`, all [n, F], from that of the product; overwrites `grad`."""
         torch.mul(grad, activated, out=grad_up)
-        grad.mul_(u + self.offset if self.offset else u)
+        grad.mul_(self._factor(up))
+        g = gate if self.limit is None else gate.clamp(max=self.limit)
         # (g sigmoid(alpha g))' = silu'(alpha g)
         torch.ops.aten.silu_backward.grad_input(
             grad, g if self.alpha == 1 else g * self.alpha, grad_input=grad_gate
@@ -63,9 +65,8 @@ class GatedUnit:
         if self.limit is not None:
             grad_gate.masked_fill_(gate > self.limit, 0)
             grad_up.masked_fill_(up.abs() > self.limit, 0)
-        return out
 
-    def _limited(self, gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-        if self.limit is None:
-            return gate, up
-        return gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+    def _factor(self, up: Tensor) -> Tensor:
+        if self.limit is not None:
+            up = up.clamp(-self.limit, self.limit)
+        return up + self.offset if self.offset else up

@@ -56,8 +56,9 @@ class GroupedExperts(torch.autograd.Function):
             both_R2F = _linear(x_RD, gate_up, gate_up_bias, ends, expert_of_row_R)
         weight_R1 = weights_R.unsqueeze(1)
         grad_out_RD = grad_MD.contiguous().index_select(0, copies.source_of_row_R)
-        activated_RF = unit.activate(both_R2F, out=weights_R.new_empty(len(weights_R), down.shape[2]))
-        h_RF = unit.scale(activated_RF, both_R2F, torch.empty_like(activated_RF))
+        gate_RF, up_RF = both_R2F.chunk(2, dim=1)
+        activated_RF = unit.activate(gate_RF, out=weights_R.new_empty(len(weights_R), down.shape[2]))
+        h_RF = unit.scale(activated_RF, up_RF, torch.empty_like(activated_RF))
         grad_h_RF = F.grouped_mm(grad_out_RD, down, offs=ends)
         grad_weights_R = torch.mul(grad_h_RF, h_RF).sum(1, dtype=torch.float32)
         grad_down = F.grouped_mm(grad_out_RD.t(), h_RF.mul_(weight_R1), offs=ends)
@@ -68,7 +69,8 @@ class GroupedExperts(torch.autograd.Function):
                 0, expert_of_row_R, grad_out_RD * weight_R1
             )
         grad_both_R2F = torch.empty_like(both_R2F)
-        unit.backward(both_R2F, activated_RF, grad_h_RF.mul_(weight_R1), grad_both_R2F)
+        grad_h_RF.mul_(weight_R1)
+        unit.backward(gate_RF, up_RF, activated_RF, grad_h_RF, *grad_both_R2F.chunk(2, dim=1))
         grad_gate_up = F.grouped_mm(grad_both_R2F.t(), x_RD, offs=ends)
         if gate_up_bias is not None:
             grad_gate_up_bias = torch.zeros_like(gate_up_bias).index_add_(0, expert_of_row_R, grad_both_R2F)

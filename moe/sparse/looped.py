@@ -4,7 +4,7 @@ M sources, R rows at their experts, n rows of one expert, D width, F expert widt
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -36,21 +36,22 @@ class LoopedExperts(torch.autograd.Function):
         recompute: bool,
     ) -> Tensor:
         scratch = _Scratch(source_MD, copies, down.shape[2])
-        kept_R2F = source_MD.new_empty(0 if recompute else weights_R.numel(), gate_up.shape[1])
+        kept_R2F = None if recompute else source_MD.new_empty(weights_R.numel(), gate_up.shape[1])
         weights_R = weights_R.to(source_MD.dtype)
         y_MD = torch.zeros_like(source_MD, dtype=_wide(source_MD))
-        for e, rows, source in _blocks(copies):
-            x = torch.index_select(source_MD, 0, source, out=scratch.rows("x", source))
-            both = scratch.rows("gate_up", source) if recompute else kept_R2F[rows]
+        for e, n, rows in _blocks(copies, weights_R, kept_R2F):
+            x = torch.index_select(source_MD, 0, rows.source, out=scratch.take("x", n))
+            both = scratch.take("gate_up", n) if rows.gate_up is None else rows.gate_up
             _linear(x, gate_up[e], gate_up_bias, e, both)
-            h = unit.activate(both, scratch.rows("hidden", source))
-            h = unit.scale(h, both, h).mul_(weights_R[rows].unsqueeze(1))
-            out = torch.mm(h, down[e].t(), out=scratch.rows("out", source))
+            gate, up = both.chunk(2, dim=1)
+            h = unit.activate(gate, scratch.take("hidden", n))
+            h = unit.scale(h, up, h).mul_(rows.weight)
+            out = torch.mm(h, down[e].t(), out=scratch.take("out", n))
             if down_bias is not None:
-                out.addr_(weights_R[rows], down_bias[e])
-            y_MD.index_add_(0, source, out.to(y_MD.dtype))
+                out.addr_(rows.weight.squeeze(1), down_bias[e])
+            y_MD.index_add_(0, rows.source, out.to(y_MD.dtype))
         ctx.save_for_backward(source_MD, weights_R, kept_R2F, gate_up, gate_up_bias, down, down_bias)
-        ctx.copies, ctx.unit, ctx.recompute = copies, unit, recompute
+        ctx.copies, ctx.unit = copies, unit
         return y_MD.to(source_MD.dtype)
 
     @staticmethod
@@ -67,29 +68,29 @@ class LoopedExperts(torch.autograd.Function):
         for e in (e for e, count in enumerate(ctx.copies.rows_per_bucket) if not count):
             grad_gate_up[e].zero_()
             grad_down[e].zero_()
-        for e, rows, source in _blocks(ctx.copies):
-            x = torch.index_select(source_MD, 0, source, out=scratch.rows("x", source))
-            both = scratch.rows("gate_up", source) if ctx.recompute else kept_R2F[rows]
-            if ctx.recompute:
-                _linear(x, gate_up[e], gate_up_bias, e, both)
-            grad_out = torch.index_select(grad_MD, 0, source, out=scratch.rows("out", source))
-            activated = unit.activate(both, scratch.rows("activated", source))
-            h = unit.scale(activated, both, scratch.rows("hidden", source))
-            grad_h = torch.mm(grad_out, down[e], out=scratch.rows("grad_hidden", source))
-            product = torch.mul(grad_h, h, out=scratch.rows("product", source))
-            grad_weights_R[rows] = product.sum(1, dtype=grad_weights_R.dtype)
-            weight = weights_R[rows].unsqueeze(1)
-            torch.mm(grad_out.t(), h.mul_(weight), out=grad_down[e])
+        for e, n, rows in _blocks(ctx.copies, weights_R, kept_R2F, grad_weights_R):
+            x = torch.index_select(source_MD, 0, rows.source, out=scratch.take("x", n))
+            both = rows.gate_up
+            if both is None:
+                both = _linear(x, gate_up[e], gate_up_bias, e, scratch.take("gate_up", n))
+            gate, up = both.chunk(2, dim=1)
+            grad_out = torch.index_select(grad_MD, 0, rows.source, out=scratch.take("out", n))
+            activated = unit.activate(gate, scratch.take("activated", n))
+            h = unit.scale(activated, up, scratch.take("hidden", n))
+            grad_h = torch.mm(grad_out, down[e], out=scratch.take("grad_hidden", n))
+            product = torch.mul(grad_h, h, out=scratch.take("product", n))
+            torch.sum(product, 1, dtype=grad_weights_R.dtype, out=rows.grad_weight)
+            torch.mm(grad_out.t(), h.mul_(rows.weight), out=grad_down[e])
             if down_bias is not None and grad_down_bias is not None:
-                grad_weights_R[rows] += torch.mv(grad_out, down_bias[e])
-                torch.mv(grad_out.t(), weights_R[rows], out=grad_down_bias[e])
-            grad_both = scratch.rows("grad_gate_up", source)
-            unit.backward(both, activated, grad_h.mul_(weight), grad_both)
+                rows.grad_weight.add_(torch.mv(grad_out, down_bias[e]))
+                torch.mv(grad_out.t(), rows.weight.squeeze(1), out=grad_down_bias[e])
+            grad_both = scratch.take("grad_gate_up", n)
+            unit.backward(gate, up, activated, grad_h.mul_(rows.weight), *grad_both.chunk(2, dim=1))
             torch.mm(grad_both.t(), x, out=grad_gate_up[e])
             if grad_gate_up_bias is not None:
                 torch.sum(grad_both, 0, out=grad_gate_up_bias[e])
             grad_x = torch.mm(grad_both, gate_up[e], out=grad_out)
-            grad_source_MD.index_add_(0, source, grad_x.to(grad_source_MD.dtype))
+            grad_source_MD.index_add_(0, rows.source, grad_x.to(grad_source_MD.dtype))
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)
         return grad_source_MD.to(source_MD.dtype), grad_weights_R, *grads, None, None, None
 
@@ -103,27 +104,43 @@ class _Scratch:
         self.widths = {"x": model, "out": model, "gate_up": 2 * width, "grad_gate_up": 2 * width}
         self.width, self.buffers = width, dict[str, Tensor]()
 
-    def rows(self, name: str, source: Tensor) -> Tensor:
-        """As many rows as `source` has elements."""
+    def take(self, name: str, n: int) -> Tensor:
+        """Room for `n` rows."""
         if name not in self.buffers:
             self.buffers[name] = self.like.new_empty(self.most, self.widths.get(name, self.width))
-        return self.buffers[name][: source.numel()]
+        return self.buffers[name].narrow(0, 0, n)
 
 
-def _blocks(copies: Copies) -> Iterator[tuple[int, slice, Tensor]]:
-    """(expert, its rows, their sources) for every expert that has any."""
-    start = 0
-    for expert, count in enumerate(copies.rows_per_bucket):
-        if count:
-            rows = slice(start, start + count)
-            yield expert, rows, copies.source_of_row_R[rows]
-        start += count
+class _Rows(NamedTuple):
+    """What belongs to the rows of one expert: slices, so that writing to them writes to the whole."""
+
+    source: Tensor
+    weight: Tensor
+    """[n, 1]."""
+    gate_up: Tensor | None
+    grad_weight: Tensor
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> None:
+def _blocks(
+    copies: Copies, weights_R: Tensor, gate_up_R2F: Tensor | None, grad_weights_R: Tensor | None = None
+) -> Iterator[tuple[int, int, _Rows]]:
+    """(expert, number of its rows, what is theirs) for every expert that has any."""
+    counts = copies.rows_per_bucket
+    grads = weights_R if grad_weights_R is None else grad_weights_R
+    none = [None] * len(counts)
+    pieces = zip(
+        copies.source_of_row_R.split(counts),
+        weights_R.unsqueeze(1).split(counts),
+        none if gate_up_R2F is None else gate_up_R2F.split(counts),
+        grads.split(counts),
+        strict=True,
+    )
+    return ((e, n, _Rows(*rows)) for e, (n, rows) in enumerate(zip(counts, pieces, strict=True)) if n)
+
+
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> Tensor:
     torch.mm(x, weight.t(), out=out)
-    if bias is not None:
-        out.add_(bias[expert])
+    return out if bias is None else out.add_(bias[expert])
 
 
 def _wide(tensor: Tensor) -> torch.dtype:

@@ -87,7 +87,7 @@ class WorstExperts(Ours):
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
-        self.layer.router._choose = lambda scores_TE: (-scores_TE).topk(2, dim=-1).indices  # type: ignore[method-assign]
+        self.layer.router._best = lambda scores_TE: (-scores_TE).topk(2, dim=-1).indices  # type: ignore[method-assign]
 
 
 def planted(make: Callable[[Problem], Contender]) -> Report:
