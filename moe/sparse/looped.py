@@ -49,7 +49,7 @@ class LoopedExperts(torch.autograd.Function):
             out = torch.mm(h, down[e].t(), out=scratch.take("out", n))
             if down_bias is not None:
                 out.addr_(rows.weight.squeeze(1), down_bias[e])
-            y_MD.index_add_(0, rows.source, out.to(y_MD.dtype))
+            y_MD.index_add_(0, rows.source, scratch.widen(out))
         ctx.save_for_backward(source_MD, weights_R, kept_R2F, gate_up, gate_up_bias, down, down_bias)
         ctx.copies, ctx.unit = copies, unit
         return y_MD.to(source_MD.dtype)
@@ -90,7 +90,7 @@ class LoopedExperts(torch.autograd.Function):
             if grad_gate_up_bias is not None:
                 torch.sum(grad_both, 0, out=grad_gate_up_bias[e])
             grad_x = torch.mm(grad_both, gate_up[e], out=grad_out)
-            grad_source_MD.index_add_(0, rows.source, grad_x.to(grad_source_MD.dtype))
+            grad_source_MD.index_add_(0, rows.source, scratch.widen(grad_x))
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)
         return grad_source_MD.to(source_MD.dtype), grad_weights_R, *grads, None, None, None
 
@@ -100,7 +100,7 @@ class _Scratch:
 
     def __init__(self, like: Tensor, copies: Copies, width: int) -> None:
         self.like, self.most = like, max(copies.rows_per_bucket, default=0)
-        model = like.shape[1]
+        self.wide, model = _wide(like), like.shape[1]
         self.widths = {"x": model, "out": model, "gate_up": 2 * width, "grad_gate_up": 2 * width}
         self.width, self.buffers = width, dict[str, Tensor]()
 
@@ -109,6 +109,14 @@ class _Scratch:
         if name not in self.buffers:
             self.buffers[name] = self.like.new_empty(self.most, self.widths.get(name, self.width))
         return self.buffers[name].narrow(0, 0, n)
+
+    def widen(self, rows: Tensor) -> Tensor:
+        """The same in the dtype of sums."""
+        if rows.dtype == self.wide:
+            return rows
+        if "wide" not in self.buffers:
+            self.buffers["wide"] = rows.new_empty(self.most, rows.shape[1], dtype=self.wide)
+        return self.buffers["wide"].narrow(0, 0, len(rows)).copy_(rows)
 
 
 class _Rows(NamedTuple):
