@@ -11,7 +11,7 @@ from torch import Tensor
 
 @torch.no_grad()
 def by_experts(scores_TE: Tensor, mask_T: Tensor | None, top_k: int) -> tuple[Tensor, Tensor]:
-    """Each expert takes its C = ceil(T K / E) best unmasked tokens (arXiv:2202.09368, section 3.2).
+    """Each expert takes its C = ceil(T K / E) best unmasked tokens, ties by position (arXiv:2202.09368, section 3.2).
 
     Returns every expert's id for every token, [T, E] (int64), and which of them count (bool): a token may have
     none, or all. The width is the same on every rank, as an exchange needs it. Whether an expert takes a token
@@ -22,7 +22,8 @@ def by_experts(scores_TE: Tensor, mask_T: Tensor | None, top_k: int) -> tuple[Te
     if mask_T is not None:
         num_tokens = int(mask_T.sum())
         scores_TE = scores_TE.masked_fill(~mask_T.unsqueeze(-1), float("-inf"))
-    chosen_CE = torch.topk(scores_TE, -(-num_tokens * top_k // num_experts), dim=0).indices
+    by_score_TE = torch.argsort(scores_TE, dim=0, descending=True, stable=True)
+    chosen_CE = by_score_TE[: -(-num_tokens * top_k // num_experts)]
     taken_TE = torch.zeros_like(scores_TE, dtype=torch.bool).scatter_(0, chosen_CE, True)
     return torch.arange(num_experts, device=scores_TE.device).expand_as(taken_TE), taken_TE
 

@@ -175,7 +175,8 @@ def _weights(case: Case) -> ReferenceWeights:
     if case.routing != "free":
         favoured = slice(2, 3) if case.routing == "one" else slice(0, 4)
         router = router * 0.1
-        router[favoured, 0] += 50.0  # x[:, 0] is positive: see _batch
+        # x[:, 0] is positive: see _batch. Not so much that scores saturate at 1 and tie.
+        router[favoured, 0] += 6.0
     return ReferenceWeights(
         router_ED=router,
         gate_up_E2FD=normal(e, 2 * f, width),
@@ -223,12 +224,12 @@ def _check(rank: int, world_size: int, ep: int, cases: list[Case]) -> None:
         group = made if rank in members else group
     for case in cases:
         try:
-            _check_case(case, rank, world_size, ExpertLayout(case.experts, ep, rank % ep, group))
+            check_case(case, rank, world_size, ExpertLayout(case.experts, ep, rank % ep, group))
         except Exception as error:
             raise AssertionError(f"case {case.name!r}, world {world_size}, EP {ep}") from error
 
 
-def _check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) -> None:
+def check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) -> None:
     weights, (x, mask, grad) = _weights(case), _batch(case, world_size)
     leaves = {k: v.requires_grad_() for k, v in vars(weights).items() if v is not None}
     x_ref = x.clone().requires_grad_()
@@ -334,7 +335,7 @@ def test_every_combination_of_switches_equals_reference(world_size: int, ep: int
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_layer_equals_reference_on_one_rank(case: Case) -> None:
-    _check_case(case, 0, 1, ExpertLayout(case.experts))
+    check_case(case, 0, 1, ExpertLayout(case.experts))
 
 
 def test_the_reference_refuses_anything_but_float64() -> None:

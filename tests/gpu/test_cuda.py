@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from moe.config import MoEConfig
-from moe.sparse import ExpertLayout, SparseMoE
+from moe.sparse import ExpertLayout, Jitter, SparseMoE, choice
 from moe.sparse.reference import ReferenceWeights, sparse_layer
 from tests.names import REFERENCE
 
@@ -60,6 +60,18 @@ def test_layer_equals_reference(
         assert ours is not None
         distance = float((ours.detach().cpu().double() - tensor.detach()).norm() / tensor.norm())
         assert distance < bound, (name, distance)
+
+
+@pytest.mark.parametrize("device", [CUDA])
+def test_jitter_and_choices_are_those_of_the_cpu(device: str) -> None:
+    """The hash wraps around in int64 alike, so a run may go on with other devices."""
+    here, there = (Jitter.of(0.1, 2**62 + 5, range(7, 99), where).of_layer(3) for where in ("cpu", device))
+    assert torch.equal(here.factors(33, torch.float32), there.factors(33, torch.float32).cpu())
+    scores = torch.rand(64, 8, generator=torch.Generator().manual_seed(0))
+    mask = torch.arange(64) % 5 > 0
+    for chosen in (choice.by_experts, choice.in_turn):
+        ours, theirs = chosen(scores, mask, 2), chosen(scores.to(device), mask.to(device), 2)
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, check_device=False)
 
 
 @pytest.mark.gpu
