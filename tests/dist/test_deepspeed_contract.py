@@ -52,7 +52,7 @@ def _norms_under_stage_0(rank: int) -> None:
     engine.wrapped.train()
     (batch,) = batches(run, ranks, 0)
     output = engine.wrapped(batch.input_ids_BS, batch.labels_BS, batch.mask_BS)
-    engine.wrapped.backward(engine._losses(output, batch, engine._totals([batch])).total * 2)
+    engine.wrapped.backward(engine._losses(output, batch, engine._totals([batch], [None])).total * 2)
     grads = [p.grad.double() for p in engine.model.parameters() if p.grad is not None]
     local = torch.stack([grad.square().sum() for grad in grads]).sum().sqrt()
     assert float(ranks.sum(local.clone()) / 2) != pytest.approx(expected, rel=1e-6)
