@@ -1,6 +1,7 @@
 """Any layout trains as one process does: loss and health within 1e-5, gradient norm within 1e-4, each of 20 steps."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -67,3 +68,10 @@ def test_evaluation_sees_no_jitter_and_training_does(tmp_path: Path) -> None:
     plain, jittered = (json.loads((tmp_path / name).read_text()) for name in ("0.0", "0.2"))
     assert plain[:2] == jittered[:2]
     assert abs(plain[2] - jittered[2]) > 1e-6
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile"])
+def test_the_pages_count_the_layouts_right(page: str) -> None:
+    text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+    (said,) = re.findall(r"(\d+) (?:layouts beside|of them side by side)", text)
+    assert int(said) == len(matrix())
