@@ -16,6 +16,7 @@ from moe.config import RunConfig, cautions, check_data
 from moe.data.loader import validation_batches
 from moe.data.shards import TokenData
 from moe.errors import CheckpointError, ConfigError, DataError, clean_exit
+from moe.loss import local_load
 from moe.model import Transformer, initialize
 from moe.recipe import load
 
@@ -35,6 +36,8 @@ class Evaluation:
     """Of a model that knows only the training split's token frequencies (add one)."""
     tokens: int
     bytes: int
+    tokens_per_expert: list[list[int]] | None = None
+    """Choices of each sparse layer's experts over the split; None for a dense model."""
 
 
 def evaluate(run_folder: Path, step: int | None = None, batch_size: int = 16) -> Evaluation:
@@ -54,15 +57,18 @@ def evaluate(run_folder: Path, step: int | None = None, batch_size: int = 16) ->
         )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
-    nats, tokens = 0.0, 0
+    nats, tokens, load_LE = 0.0, 0, None
     batches = validation_batches(
         data, sequence_length=run.data.sequence_length, batch_size=batch_size, rank=0, world_size=1
     )
     with torch.no_grad():
         for batch in batches:
             ids, labels, mask = (t.to(device) for t in (batch.input_ids_BS, batch.labels_BS, batch.mask_BS))
-            nats += float(model(ids, labels, mask).cross_entropy)
+            output = model(ids, labels, mask)
+            nats += float(output.cross_entropy)
             tokens += int(mask.sum())
+            if (here_LE := local_load(output)) is not None:
+                load_LE = here_LE[:, :-1] + (0 if load_LE is None else load_LE)
     num_bytes = data.num_bytes("validation")
     return Evaluation(
         step=step,
@@ -71,6 +77,7 @@ def evaluate(run_folder: Path, step: int | None = None, batch_size: int = 16) ->
         unigram_bits_per_byte=unigram_nats(data) / math.log(2) / num_bytes,
         tokens=tokens,
         bytes=num_bytes,
+        tokens_per_expert=None if load_LE is None else load_LE.tolist(),
     )
 
 
