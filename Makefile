@@ -6,7 +6,7 @@ BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo test test-all parity check format lock clean
+.PHONY: help venv demo study test test-all parity check format lock clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -22,6 +22,9 @@ venv: .venv/ready  ## The virtual environment with the locked packages
 
 demo: venv  ## Text to Hugging Face checkpoint in one go, small: under 10 minutes on 2 cores, installing included
 	$(OFFLINE) $(BIN)/turnout demo
+
+study: venv  ## Dense against sparse at equal cost, and balancing policies: hours on 2 cores; goes on if stopped
+	$(OFFLINE) $(BIN)/python -m moe.bench.study configs/study/study.yaml
 
 test: venv  ## The tests, with real 2- and 4-process runs, under 15 minutes on 2 cores
 	$(OFFLINE) $(BIN)/python -m pytest

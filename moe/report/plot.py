@@ -30,7 +30,7 @@ def plot_run(metrics_path: Path, png_path: Path, title: str | None = None) -> No
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with mpl.rc_context(_STYLE):
+    with mpl.rc_context(STYLE):
         rows = _rows(records)
         heights = [inches for inches, _ in rows]
         figure = Figure(figsize=(12, sum(heights) + 0.5), dpi=130, layout="constrained")
@@ -48,7 +48,7 @@ def plot_run(metrics_path: Path, png_path: Path, title: str | None = None) -> No
             fontsize=13,
             fontweight="bold",
         )
-        _save(figure, png_path)
+        save(figure, png_path)
 
 
 def _rows(records: Records) -> list[tuple[float, list[Panel]]]:
@@ -69,7 +69,7 @@ def _rows(records: Records) -> list[tuple[float, list[Panel]]]:
     ]
 
 
-def _save(figure: Any, path: Path) -> None:
+def save(figure: Any, path: Path) -> None:
     """Whole or not at all."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
@@ -82,7 +82,7 @@ def _save(figure: Any, path: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
-_STYLE: dict[str, Any] = {
+STYLE: dict[str, Any] = {
     "font.size": 10,
     "axes.titlesize": 11,
     "axes.titlelocation": "left",

@@ -1,0 +1,1 @@
+"""Whole trainings side by side: `python -m moe.bench.study PLAN`."""
