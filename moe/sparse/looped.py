@@ -3,7 +3,6 @@
 M sources, R rows at their experts, n rows of one expert, D width, F expert width.
 """
 
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor
 
 from moe.sparse.activation import GatedUnit
 from moe.sparse.copies import Copies
+from moe.sparse.desk import Desk, Job, at_desks
 
 
 class LoopedExperts(torch.autograd.Function):
@@ -35,88 +35,67 @@ class LoopedExperts(torch.autograd.Function):
         unit: GatedUnit,
         recompute: bool,
     ) -> Tensor:
-        scratch = _Scratch(source_MD, copies, down.shape[2])
         kept_R2F = None if recompute else source_MD.new_empty(weights_R.numel(), gate_up.shape[1])
         weights_R = weights_R.to(source_MD.dtype)
-        y_MD = torch.zeros_like(source_MD, dtype=_wide(source_MD))
-        for e, n, rows in _blocks(copies, weights_R, kept_R2F):
-            x = torch.index_select(source_MD, 0, rows.source, out=scratch.take("x", n))
-            both = scratch.take("gate_up", n) if rows.gate_up is None else rows.gate_up
+
+        def work(desk: Desk, e: int, rows: _Rows) -> None:
+            x = torch.index_select(source_MD, 0, rows.source, out=desk.room("x"))
+            both = desk.room("gate_up") if rows.gate_up is None else rows.gate_up
             _linear(x, gate_up[e], gate_up_bias, e, both)
             gate, up = both.chunk(2, dim=1)
-            h = unit.activate(gate, scratch.take("hidden", n))
+            h = unit.activate(gate, desk.room("hidden"))
             h = unit.scale(h, up, h).mul_(rows.weight)
-            out = torch.mm(h, down[e].t(), out=scratch.take("out", n))
+            out = torch.mm(h, down[e].t(), out=desk.room("out"))
             if down_bias is not None:
                 out.addr_(rows.weight.squeeze(1), down_bias[e])
-            y_MD.index_add_(0, rows.source, scratch.widen(out))
+            desk.add(rows.source, out)
+
+        y_MD = at_desks(work, _jobs(copies, weights_R, kept_R2F), source_MD, down.shape[2])
         ctx.save_for_backward(source_MD, weights_R, kept_R2F, gate_up, gate_up_bias, down, down_bias)
         ctx.copies, ctx.unit = copies, unit
-        return y_MD.to(source_MD.dtype)
+        return y_MD
 
     @staticmethod
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
         source_MD, weights_R, kept_R2F, gate_up, gate_up_bias, down, down_bias = ctx.saved_tensors
         unit: GatedUnit = ctx.unit
-        scratch = _Scratch(source_MD, ctx.copies, down.shape[2])
         grad_MD = grad_MD.contiguous()
-        grad_source_MD = torch.zeros_like(source_MD, dtype=_wide(source_MD))
-        grad_weights_R = torch.empty_like(weights_R, dtype=grad_source_MD.dtype)
+        wide = torch.promote_types(weights_R.dtype, torch.float32)
+        grad_weights_R = torch.empty_like(weights_R, dtype=wide)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         grad_gate_up_bias = None if gate_up_bias is None else torch.zeros_like(gate_up_bias)
         grad_down_bias = None if down_bias is None else torch.zeros_like(down_bias)
         for e in (e for e, count in enumerate(ctx.copies.rows_per_bucket) if not count):
             grad_gate_up[e].zero_()
             grad_down[e].zero_()
-        for e, n, rows in _blocks(ctx.copies, weights_R, kept_R2F, grad_weights_R):
-            x = torch.index_select(source_MD, 0, rows.source, out=scratch.take("x", n))
+
+        def work(desk: Desk, e: int, rows: _Rows) -> None:
+            x = torch.index_select(source_MD, 0, rows.source, out=desk.room("x"))
             both = rows.gate_up
             if both is None:
-                both = _linear(x, gate_up[e], gate_up_bias, e, scratch.take("gate_up", n))
+                both = _linear(x, gate_up[e], gate_up_bias, e, desk.room("gate_up"))
             gate, up = both.chunk(2, dim=1)
-            grad_out = torch.index_select(grad_MD, 0, rows.source, out=scratch.take("out", n))
-            activated = unit.activate(gate, scratch.take("activated", n))
-            h = unit.scale(activated, up, scratch.take("hidden", n))
-            grad_h = torch.mm(grad_out, down[e], out=scratch.take("grad_hidden", n))
-            product = torch.mul(grad_h, h, out=scratch.take("product", n))
-            torch.sum(product, 1, dtype=grad_weights_R.dtype, out=rows.grad_weight)
+            grad_out = torch.index_select(grad_MD, 0, rows.source, out=desk.room("out"))
+            activated = unit.activate(gate, desk.room("activated"))
+            h = unit.scale(activated, up, desk.room("hidden"))
+            grad_h = torch.mm(grad_out, down[e], out=desk.room("grad_hidden"))
+            product = torch.mul(grad_h, h, out=desk.room("product"))
+            torch.sum(product, 1, dtype=wide, out=rows.grad_weight)
             torch.mm(grad_out.t(), h.mul_(rows.weight), out=grad_down[e])
             if down_bias is not None and grad_down_bias is not None:
                 rows.grad_weight.add_(torch.mv(grad_out, down_bias[e]))
                 torch.mv(grad_out.t(), rows.weight.squeeze(1), out=grad_down_bias[e])
-            grad_both = scratch.take("grad_gate_up", n)
+            grad_both = desk.room("grad_gate_up")
             unit.backward(gate, up, activated, grad_h.mul_(rows.weight), *grad_both.chunk(2, dim=1))
             torch.mm(grad_both.t(), x, out=grad_gate_up[e])
             if grad_gate_up_bias is not None:
                 torch.sum(grad_both, 0, out=grad_gate_up_bias[e])
-            grad_x = torch.mm(grad_both, gate_up[e], out=grad_out)
-            grad_source_MD.index_add_(0, rows.source, scratch.widen(grad_x))
+            desk.add(rows.source, torch.mm(grad_both, gate_up[e], out=grad_out))
+
+        jobs = _jobs(ctx.copies, weights_R, kept_R2F, grad_weights_R)
+        grad_source_MD = at_desks(work, jobs, source_MD, down.shape[2])
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)
-        return grad_source_MD.to(source_MD.dtype), grad_weights_R, *grads, None, None, None
-
-
-class _Scratch:
-    """Room for the rows of one expert at a time, by name; their content is whatever was there."""
-
-    def __init__(self, like: Tensor, copies: Copies, width: int) -> None:
-        self.like, self.most = like, max(copies.rows_per_bucket, default=0)
-        self.wide, model = _wide(like), like.shape[1]
-        self.widths = {"x": model, "out": model, "gate_up": 2 * width, "grad_gate_up": 2 * width}
-        self.width, self.buffers = width, dict[str, Tensor]()
-
-    def take(self, name: str, n: int) -> Tensor:
-        """Room for `n` rows."""
-        if name not in self.buffers:
-            self.buffers[name] = self.like.new_empty(self.most, self.widths.get(name, self.width))
-        return self.buffers[name].narrow(0, 0, n)
-
-    def widen(self, rows: Tensor) -> Tensor:
-        """The same in the dtype of sums."""
-        if rows.dtype == self.wide:
-            return rows
-        if "wide" not in self.buffers:
-            self.buffers["wide"] = rows.new_empty(self.most, rows.shape[1], dtype=self.wide)
-        return self.buffers["wide"].narrow(0, 0, len(rows)).copy_(rows)
+        return grad_source_MD, grad_weights_R, *grads, None, None, None
 
 
 class _Rows(NamedTuple):
@@ -129,28 +108,22 @@ class _Rows(NamedTuple):
     grad_weight: Tensor
 
 
-def _blocks(
+def _jobs(
     copies: Copies, weights_R: Tensor, gate_up_R2F: Tensor | None, grad_weights_R: Tensor | None = None
-) -> Iterator[tuple[int, int, _Rows]]:
-    """(expert, number of its rows, what is theirs) for every expert that has any."""
+) -> list[Job[_Rows]]:
+    """One for every expert that has rows."""
     counts = copies.rows_per_bucket
     grads = weights_R if grad_weights_R is None else grad_weights_R
-    none = [None] * len(counts)
     pieces = zip(
         copies.source_of_row_R.split(counts),
         weights_R.unsqueeze(1).split(counts),
-        none if gate_up_R2F is None else gate_up_R2F.split(counts),
+        [None] * len(counts) if gate_up_R2F is None else gate_up_R2F.split(counts),
         grads.split(counts),
         strict=True,
     )
-    return ((e, n, _Rows(*rows)) for e, (n, rows) in enumerate(zip(counts, pieces, strict=True)) if n)
+    return [Job(e, n, _Rows(*rows)) for e, (n, rows) in enumerate(zip(counts, pieces, strict=True)) if n]
 
 
 def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> Tensor:
     torch.mm(x, weight.t(), out=out)
     return out if bias is None else out.add_(bias[expert])
-
-
-def _wide(tensor: Tensor) -> torch.dtype:
-    """Sums over a source's rows are taken in at least float32, so that bf16 rounds once."""
-    return torch.promote_types(tensor.dtype, torch.float32)

@@ -148,6 +148,40 @@ def test_bf16_rounds_each_sum_once(function: Any) -> None:
         assert float((ours.double() - right).norm() / right.norm()) < 1e-2
 
 
+def test_several_threads_give_the_same_and_leave_no_trace() -> None:
+    experts = _experts(UNITS["gpt_oss"], True, torch.float64)
+    ids = torch.rand(200, 4, generator=torch.Generator().manual_seed(4)).argsort(1)[:, :2].tolist()
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for threads in (1, 2, 3, 8):  # more than there are experts
+            torch.set_num_threads(threads)
+            experts.zero_grad()
+            found.append(_run(_node(LoopedExperts), experts, ids))
+            assert torch.get_num_threads() == threads
+            with torch.inference_mode():
+                rows = Rows(
+                    torch.ones(2, 16).double(), torch.ones(2).double(), copies_of(torch.tensor([[0], [1]]), 4)
+                )
+                assert experts(rows).is_inference()
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        _compare(other, found[0], 1e-12)
+
+
+def test_a_fault_in_a_thread_is_a_fault() -> None:
+    experts = _experts(UNITS["swiglu"], False, torch.float32)
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        copies = copies_of(torch.tensor([[0], [1]]), 4)
+        with pytest.raises(IndexError):
+            experts(Rows(torch.ones(1, 16), torch.ones(2), copies))  # row 1 reads a source that is not there
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_copies_lie_by_bucket_in_order() -> None:
     ids = torch.tensor([[2, 0], [0, 1], [2, 1]])
     copies: Copies = copies_of(ids, 3, torch.tensor([[True, True], [False, True], [True, True]]))

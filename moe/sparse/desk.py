@@ -1,0 +1,101 @@
+"""Work expert by expert on the CPU: room for one expert's rows, and several experts at once on several threads.
+
+M sources, n rows of one expert, D width, F expert width.
+"""
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+Payload = TypeVar("Payload")
+
+
+@dataclass(frozen=True)
+class Job(Generic[Payload]):
+    """One expert's work."""
+
+    expert: int
+    num_rows: int
+    rows: Payload
+
+
+class Desk:
+    """Where one thread works: room for one expert's rows, used again for the next, and its share of the sums."""
+
+    def __init__(self, like: Tensor, most_rows: int, width: int) -> None:
+        """`like` [M, D]: the sources; `most_rows`: those of the busiest expert; `width`: F."""
+        self.like, self.most_rows, self.width = like, most_rows, width
+        wide = torch.promote_types(like.dtype, torch.float32)
+        self.sums_MD = torch.zeros_like(like, dtype=wide)
+        """At least float32, so that bf16 rounds once."""
+        self.rows = 0
+        """How many rows the expert at work has."""
+        self._buffers: dict[str, Tensor] = {}
+
+    def room(self, name: str) -> Tensor:
+        """[rows, width of `name`]; its content is whatever was there."""
+        if name not in self._buffers:
+            model = self.like.shape[1]
+            widths = {"x": model, "out": model, "gate_up": 2 * self.width, "grad_gate_up": 2 * self.width}
+            self._buffers[name] = self.like.new_empty(self.most_rows, widths.get(name, self.width))
+        return self._buffers[name].narrow(0, 0, self.rows)
+
+    def add(self, source: Tensor, rows: Tensor) -> None:
+        """Add `rows` [n, D] to the sums of their sources."""
+        if rows.dtype != self.sums_MD.dtype:
+            if "wide" not in self._buffers:
+                self._buffers["wide"] = self.sums_MD.new_empty(self.most_rows, rows.shape[1])
+            rows = self._buffers["wide"].narrow(0, 0, self.rows).copy_(rows)
+        self.sums_MD.index_add_(0, source, rows)
+
+
+def at_desks(
+    work: Callable[[Desk, int, Payload], None], jobs: Sequence[Job[Payload]], like: Tensor, width: int
+) -> Tensor:
+    """Do all jobs, several experts at once where torch may use several threads; the sums, [M, D] as `like`.
+
+    An expert's products are small: threads inside each of them would wait for each other more than they work.
+    """
+    most = max((job.num_rows for job in jobs), default=0)
+    threads = torch.get_num_threads()
+    shares = _shares(jobs, threads)
+
+    def sit(share: Sequence[Job[Payload]]) -> Tensor:
+        desk = Desk(like, most, width)
+        for job in share:
+            desk.rows = job.num_rows
+            work(desk, job.expert, job.rows)
+        return desk.sums_MD
+
+    if len(shares) == 1:
+        return sit(shares[0]).to(like.dtype)
+    inference = torch.is_inference_mode_enabled()
+
+    def sit_alone(share: Sequence[Job[Payload]]) -> Tensor:
+        torch.set_num_threads(1)  # of this thread; that, and modes, a thread has for itself
+        with torch.inference_mode(inference), torch.no_grad():
+            return sit(share)
+
+    with ThreadPoolExecutor(len(shares)) as pool:
+        sums = list(pool.map(sit_alone, shares))
+    torch.set_num_threads(threads)  # what threads to come start with
+    for other in sums[1:]:
+        sums[0] += other
+    return sums[0].to(like.dtype)
+
+
+def _shares(jobs: Sequence[Job[Payload]], threads: int) -> list[list[Job[Payload]]]:
+    """Jobs in at most `threads` lists of about as many rows, in order, so that sums are the same every time."""
+    total = sum(job.num_rows for job in jobs)
+    shares: list[list[Job[Payload]]] = [[]]
+    done = 0
+    for job in jobs:
+        if len(shares) < threads and (done + job.num_rows / 2) * threads > total * len(shares):
+            shares.append([])
+        shares[-1].append(job)
+        done += job.num_rows
+    return shares
