@@ -6,7 +6,7 @@ BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo study test test-all parity check format lock clean
+.PHONY: help venv demo bench study test test-all parity check format lock clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -22,6 +22,13 @@ venv: .venv/ready  ## The virtual environment with the locked packages
 
 demo: venv  ## Text to Hugging Face checkpoint in one go, small: under 10 minutes on 2 cores, installing included
 	$(OFFLINE) $(BIN)/turnout demo
+
+bench: venv  ## The sparse layer beside its peers, on CPU: tables, and figures in runs/bench; half an hour on a quiet machine
+	@mkdir -p runs/bench
+	@for dtype in fp32 bf16; do for threads in 1 2; do for allocator in default tuned; do \
+	  $(OFFLINE) $(BIN)/python -m moe.bench.layer --dtype $$dtype --threads $$threads --allocator $$allocator \
+	    --json runs/bench/small-$$dtype-$$threads-$$allocator.json || exit 1; \
+	done; done; done
 
 study: venv  ## Dense against sparse at equal cost, and balancing policies: hours on 2 cores; goes on if stopped
 	$(OFFLINE) $(BIN)/python -m moe.bench.study configs/study/study.yaml

@@ -17,7 +17,8 @@ Result = TypeVar("Result")
 def peak_extra_bytes(work: Callable[[], Result], device: torch.device) -> tuple[Result, int]:
     """(what `work` returns, peak bytes of torch's allocator on `device` above those at its beginning).
 
-    What it keeps at its end counts. On CPU every allocation and release is recorded, which slows it down.
+    What it keeps at its end counts. On CPU every allocation and release is recorded, which slows it down, and on one
+    thread, since the profiler sees only the thread that started it.
     """
     if device.type == "cuda":
         gc.collect()  # or it could release earlier work's memory amid this one's
@@ -28,8 +29,13 @@ def peak_extra_bytes(work: Callable[[], Result], device: torch.device) -> tuple[
         torch.cuda.synchronize(device)
         return result, torch.cuda.max_memory_allocated(device) - before
     os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # the profiler announces itself on stderr
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
-        result = work()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as trace:
+            result = work()
+    finally:
+        torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "trace.json"
         trace.export_chrome_trace(str(path))

@@ -105,6 +105,16 @@ def test_peak_counts_what_is_held_at_once() -> None:
     assert peak_extra_bytes(work, CPU)[1] == 4 * 7000
 
 
+def test_peak_is_taken_on_one_thread_and_leaves_no_trace() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert peak_extra_bytes(torch.get_num_threads, CPU)[0] == 1
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_times_are_means_of_spans_between_marks(monkeypatch: pytest.MonkeyPatch) -> None:
     ticks = count(step=1.0)
     monkeypatch.setattr(time, "perf_counter", lambda: next(ticks) ** 2)
