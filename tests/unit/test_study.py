@@ -1,7 +1,6 @@
 """The study's plan, its order, what it calls a result, and its tables; the trainings themselves are in tests/e2e."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,17 @@ import pytest
 import yaml
 from click.testing import CliRunner
 
+from moe import train
 from moe.bench.study.__main__ import command
-from moe.bench.study.outcome import EVALUATION, LAST_STEPS, Load, Outcome, Spread, differences, verdict
+from moe.bench.study.outcome import EVALUATION, LAST_STEPS, Comparison, Load, Outcome, Spread, differences
 from moe.bench.study.picture import draw
 from moe.bench.study.plan import Job, Jobs, StudyPlan, expert_flops, router_flops
+from moe.bench.study.runner import Runner, _check_folder
 from moe.bench.study.steps import Results, carry_out
 from moe.bench.study.tables import markdown
 from moe.errors import CheckpointError, ConfigError
 from moe.model import count
-from moe.recipe import load
+from moe.recipe import dump, load
 from tests.unit.corpus import refused
 from tests.unit.test_report import size
 
@@ -60,10 +61,6 @@ def jobs(page: Page, folder: Path) -> Jobs:
 def outcome(loss: float, seed: int = 1, load: Load | None = None, **others: Any) -> Outcome:
     settings: Page = {"model": "dense", "policy": None, "learning_rate": 1e-3, "step": 8, **others}
     return Outcome(**settings, seed=seed, loss=loss, bits_per_byte=loss / 3, load=load)
-
-
-def seeds(losses: Iterable[float]) -> list[Outcome]:
-    return [outcome(loss, seed) for seed, loss in enumerate(losses, 1)]
 
 
 class Pretend:
@@ -195,24 +192,30 @@ def test_the_list_names_runs_and_trains_nothing(plan: Page, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("baseline", "other", "expected"),
+    ("found", "margin", "verdict"),
     [
-        ([5.00, 5.01, 5.02], [4.90, 4.91, 4.93], "lower"),
-        ([5.00, 5.01, 5.02], [5.10, 5.11, 5.13], "higher"),
-        ([5.00, 5.01, 5.02], [4.99, 5.00, 5.01], "no result"),  # one sign, but less than seeds change
-        ([5.00, 5.00, 5.00], [4.99, 5.01, 4.90], "no result"),  # signs differ
-        ([5.00], [4.00], "no result: one seed"),
+        ([-0.10, -0.12, -0.11], 0.0248, "lower"),
+        ([0.10, 0.12, 0.11], 0.0248, "higher"),
+        ([-0.10, -0.12, 0.02], 0.1881, "no result"),  # one seed disagrees
+        ([-0.01, -0.15, -0.02], 0.1940, "no result"),  # one sign, but one seed's doing
+        ([-0.10, -0.12], 0.1271, "no result"),  # two seeds must agree to a tenth of it
+        ([-0.1000, -0.1001], 0.0006, "lower"),
+        ([-1.0], float("inf"), "no result"),
+        ([0.0, 0.0], 0.0, "no result"),
     ],
 )
-def test_a_difference_within_the_spread_of_seeds_is_no_result(
-    baseline: list[float], other: list[float], expected: str
+def test_a_difference_that_seeds_could_make_is_no_result(
+    found: list[float], margin: float, verdict: str
 ) -> None:
-    assert verdict(seeds(baseline), seeds(other)) == expected
+    compared = Comparison.of(found)
+    assert compared.mean == pytest.approx(sum(found) / len(found))
+    assert compared.margin == pytest.approx(margin, abs=1e-4)
+    assert compared.verdict == verdict
 
 
 def test_runs_are_compared_seed_by_seed() -> None:
-    other = [outcome(4.0, seed=2), outcome(3.0, seed=9)]
-    assert differences(seeds([5.0, 6.0]), other) == [-2.0]
+    baseline = [outcome(5.0, seed=1), outcome(6.0, seed=2)]
+    assert differences(baseline, [outcome(4.0, seed=2), outcome(3.0, seed=9)]) == [-2.0]
     assert Spread.of([1.0, 2.0, 6.0]) == Spread(3.0, 1.0, 6.0)
 
 
@@ -250,6 +253,21 @@ def test_load_is_read_from_the_last_steps_and_the_held_out_split(plan: Page, tmp
         Outcome.read(job)
 
 
+def test_runs_of_another_recipe_are_not_taken_for_ours(
+    plan: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train, "preflight", lambda run, world_size: None)  # there are no data
+    found = jobs(plan, tmp_path)
+    job = found.job("sparse-8", 1e-3, 1)
+    job.run.folder.mkdir(parents=True)
+    (job.run.folder / "recipe.yaml").write_text(dump(job.run))
+    _check_folder(job)
+    longer = job.run.model_copy(update={"train": _longer(job)})
+    (job.run.folder / "recipe.yaml").write_text(dump(longer))
+    with pytest.raises(CheckpointError, match="a run of another recipe"):
+        Runner(found).execute(job)
+
+
 def _longer(job: Job) -> Any:
     return job.run.train.model_copy(update={"steps": 9})
 
@@ -262,7 +280,7 @@ def test_the_tables_say_what_was_found(plan: Page, tmp_path: Path) -> None:
     assert lines[-1] == "Made with python 3.11.9, torch 2.13.0."
     row = next(line for line in lines if line.startswith("| sparse-16 | 1.00 M"))
     assert "| 10.00 M (0.05 M) | 0.004 | 4.2515 (4.2510 - 4.2520) |" in row
-    assert row.endswith("| -0.7500, -0.7500 | lower |")
+    assert row.endswith("| -0.750, -0.750 | -0.750 ± 0.000 | lower |")
     assert (
         "The sweep: held-out nats/token by learning rate, seed 1. Best at the edge of what was tried, so perhaps "
         "better beyond: sparse-8, sparse-16." in lines
@@ -270,7 +288,8 @@ def test_the_tables_say_what_was_found(plan: Page, tmp_path: Path) -> None:
     assert "| sparse-8 | 4.8010 | 4.7010 | **4.5010** |" in lines
     policy = next(line for line in lines if line.startswith("| sequence |"))
     assert (
-        "| as the recipe | 4.5015 (4.5010 - 4.5020) | -0.1250, -0.1250 | lower | 1.50 (1.50 - 1.50)" in policy
+        "| as the recipe | 4.5015 (4.5010 - 4.5020) | -0.125, -0.125 | -0.125 ± 0.000 | lower | 1.50 (1.50 - 1.50)"
+        in policy
     )
     assert policy.endswith("| 1, 1 of 16 | 0, 0 of 16 |")
 

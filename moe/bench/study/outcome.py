@@ -1,9 +1,10 @@
-"""A finished run's folder -> its figures; runs of one kind -> mean, spread and what a difference is worth.
+"""A finished run's folder -> its figures; runs of one kind -> mean, spread, and what a difference is worth.
 
 L sparse layers, E experts.
 """
 
 import json
+import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -103,10 +104,6 @@ class Spread:
     def of(cls, values: Sequence[float]) -> "Spread":
         return cls(statistics.fmean(values), min(values), max(values))
 
-    @property
-    def width(self) -> float:
-        return self.high - self.low
-
 
 def differences(baseline: Sequence[Outcome], other: Sequence[Outcome]) -> list[float]:
     """Loss of `other` minus the baseline's, seed by seed: the same seed means the same batches in the same order."""
@@ -114,20 +111,31 @@ def differences(baseline: Sequence[Outcome], other: Sequence[Outcome]) -> list[f
     return [outcome.loss - of_seed[outcome.seed] for outcome in other if outcome.seed in of_seed]
 
 
-def verdict(baseline: Sequence[Outcome], other: Sequence[Outcome]) -> str:
-    """lower, higher, or no result.
+@dataclass(frozen=True)
+class Comparison:
+    """Differences seed by seed, and what they are worth."""
 
-    A result has one sign with every seed, two seeds at least, and a mean larger than what seeds alone change.
-    """
-    found = differences(baseline, other)
-    if len(found) < 2:
-        return "no result: one seed"
-    noise = max(Spread.of([outcome.loss for outcome in runs]).width for runs in (baseline, other))
-    if abs(statistics.fmean(found)) <= noise:
-        return "no result"
-    if all(difference < 0 for difference in found):
-        return "lower"
-    return "higher" if all(difference > 0 for difference in found) else "no result"
+    mean: float
+    margin: float
+    """Half the 95 % confidence interval of the mean (Student's t, paired by seed); infinite for one seed."""
+
+    @classmethod
+    def of(cls, found: Sequence[float]) -> "Comparison":
+        if len(found) < 2:
+            return cls(statistics.fmean(found), math.inf)
+        quantile = _T_95[min(len(found) - 1, len(_T_95)) - 1]
+        return cls(statistics.fmean(found), quantile * statistics.stdev(found) / math.sqrt(len(found)))
+
+    @property
+    def verdict(self) -> str:
+        """lower, higher, or no result: what seeds alone could do."""
+        if abs(self.mean) <= self.margin:
+            return "no result"
+        return "lower" if self.mean < 0 else "higher"
+
+
+_T_95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
+"""Two-sided 95 % quantiles of Student's t with 1 to 9 degrees of freedom; the last is on the safe side beyond."""
 
 
 def _load(metrics: Path, held_out_LE: list[list[int]]) -> Load:

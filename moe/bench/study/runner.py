@@ -15,7 +15,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from moe import log, train
 from moe.bench.study.outcome import EVALUATION, Outcome
 from moe.bench.study.plan import Job, Jobs
-from moe.errors import EXIT_STOPPED, LaunchError
+from moe.config import RunConfig
+from moe.errors import EXIT_STOPPED, CheckpointError, LaunchError
+from moe.recipe import load
 
 _LOOK_EVERY = 0.5
 """Seconds between looks at a run's records."""
@@ -57,7 +59,7 @@ class Runner:
 
         Raises `CheckpointError` if the folder holds other training, `LaunchError` if a verb fails.
         """
-        train.preflight(job.run, 1)
+        _check_folder(job)
         outcome, again = Outcome.read(job), True
         if outcome is None:
             outcome, again = self._make(job), False
@@ -110,6 +112,17 @@ class Runner:
             raise LaunchError(
                 f"`{said}` ended with code {process.returncode}; {path} says why. Mend it: the same command goes on."
             )
+
+
+def _check_folder(job: Job) -> None:
+    """Stricter than `turnout train`, which goes on with a run whose number of steps has changed."""
+    train.preflight(job.run, 1)
+    recipe = job.run.folder / "recipe.yaml"
+    if recipe.is_file() and load(RunConfig, recipe) != job.run:
+        raise CheckpointError(
+            f"{job.run.folder} holds a run of another recipe, which would be compared with runs of this one. "
+            f"Remove that folder, or choose another study_dir."
+        )
 
 
 def _last_step(metrics: Path) -> int:

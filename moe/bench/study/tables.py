@@ -3,7 +3,7 @@
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from moe.bench.study.outcome import LAST_STEPS, Outcome, Spread, differences, verdict
+from moe.bench.study.outcome import LAST_STEPS, Comparison, Outcome, Spread, differences
 from moe.bench.study.steps import Results, best
 
 Page = dict[str, Any]
@@ -34,7 +34,7 @@ def _models(page: Page, results: Results) -> str:
                 f"{shape['flops_per_token'] / 1e6:.2f} M" + (f" ({router / 1e6:.2f} M)" if router else ""),
                 f"{runs[0].learning_rate:g}",
                 *_losses(runs),
-                *([""] * 2 if model == baseline else _compared(results.final[baseline], runs)),
+                *([""] * 3 if model == baseline else _compared(results.final[baseline], runs)),
             ]
         )
     seeds = len(results.final[baseline])
@@ -50,7 +50,8 @@ def _models(page: Page, results: Results) -> str:
         "learning rate",
         "held-out nats/token (lowest - highest)",
         "bits/byte",
-        f"less {baseline}, seed by seed",
+        f"minus {baseline}, seed by seed",
+        "mean ± 95 %",
         "verdict",
     ]
     return f"{intro}\n\n{_table(header, rows)}"
@@ -87,7 +88,7 @@ def _policies(page: Page, results: Results) -> str:
                 policy,
                 ", ".join(f"`{change}`" for change in changes) or "as the recipe",
                 _losses(runs)[0],
-                *([""] * 2 if policy == first else _compared(results.policies[first], runs)),
+                *([""] * 3 if policy == first else _compared(results.policies[first], runs)),
                 _range(load.step_violation for load in loads),
                 _range(load.held_out_violation for load in loads),
                 _dead((load.dead_in_training for load in loads), loads[0].experts),
@@ -104,7 +105,8 @@ def _policies(page: Page, results: Results) -> str:
         "policy",
         "settings",
         "held-out nats/token (lowest - highest)",
-        f"less {first}, seed by seed",
+        f"minus {first}, seed by seed",
+        "mean ± 95 %",
         "verdict",
         "violation, step",
         "violation, held out",
@@ -121,9 +123,12 @@ def _losses(runs: Sequence[Outcome]) -> list[str]:
 
 
 def _compared(baseline: Sequence[Outcome], runs: Sequence[Outcome]) -> list[str]:
+    found = differences(baseline, runs)
+    compared = Comparison.of(found)
     return [
-        ", ".join(f"{difference:+.4f}" for difference in differences(baseline, runs)),
-        verdict(baseline, runs),
+        ", ".join(f"{difference:+.3f}" for difference in found),
+        f"{compared.mean:+.3f} ± {compared.margin:.3f}",
+        compared.verdict,
     ]
 
 
