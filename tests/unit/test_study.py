@@ -309,3 +309,10 @@ def test_the_recipes_of_the_study_are_sound_and_cost_the_same() -> None:
     found = Jobs(plan, CONFIGS / "study")
     found.check()
     assert (found.path_of_data() or Path()).resolve() == CONFIGS / "study" / "data.yaml"
+
+
+def test_the_tables_of_the_readme_are_those_of_the_results() -> None:
+    page = json.loads((CONFIGS / "study" / "results.json").read_text())
+    readme = (CONFIGS / "README.md").read_text()
+    for paragraph in markdown(page).strip().split("\n\n"):
+        assert paragraph in readme
