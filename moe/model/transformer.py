@@ -3,8 +3,7 @@
 B sequences, S positions, D width, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +18,8 @@ from moe.sparse import Capacity, Dispatcher, ExpertLayout, Jitter, RoutingRecord
 from moe.sparse.router import Router
 
 
-@dataclass(frozen=True)
-class ModelOutput:
-    """What a forward pass with labels gives."""
+class ModelOutput(NamedTuple):
+    """What a forward pass with labels gives; a tuple, since DeepSpeed's hooks look for tensors in nothing else."""
 
     cross_entropy: Tensor
     """float32 scalar: nats, summed over unmasked tokens."""
