@@ -24,6 +24,7 @@ from moe.stop import StopSignal
 
 if TYPE_CHECKING:
     from moe.checkpoint.save import TrainState
+    from moe.engine.build import build
     from moe.engine.engine import Engine
     from moe.metrics import Meter, Tracker
 
@@ -34,7 +35,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
     Raises `ConfigError`, `DataError` or `CheckpointError`.
     """
     check_world(run, world_size)
-    ds_config.check(run.deepspeed)
+    ds_config.check(run.deepspeed, run.parallel.zero_stage)
     if run.parallel.dispatch == "deepep":
         from moe.sparse import deepep
 
@@ -77,7 +78,7 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
     from moe.metrics import Meter, Tracker
 
     _on_the_first_rank(ranks, lambda: _verify_shards(run))
-    engine = Engine.start(run, _model(run, ranks), ranks)
+    engine = Engine.start(run, build(run, ranks), ranks)
     state = restore(engine, data.fingerprint)
     # Only now is it sure that this run may write there.
     lock = ExitStack()
@@ -119,27 +120,6 @@ def _next(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...]:
     except TurnoutError as error:
         error.local = True
         raise
-
-
-def _model(run: RunConfig, ranks: dist.Ranks) -> Any:
-    from moe.model import Transformer, count, initialize
-    from moe.sparse import Capacity, ExpertLayout, deepep
-
-    num_experts = run.model.moe.num_experts if run.model.moe else 1
-    layout = ExpertLayout(num_experts, ranks.expert_parallel_size, ranks.expert_rank, ranks.expert_group)
-    width = (run.model.moe and run.model.moe.latent_size) or run.model.hidden_size
-    dispatcher = deepep.start(layout, width) if run.parallel.dispatch == "deepep" else None
-    try:
-        model = Transformer(
-            run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance), dispatcher
-        )
-    except (RuntimeError, MemoryError) as error:  # torch's allocator says no
-        raise ConfigError(
-            f"model: {count(run.model, run.data.sequence_length).sentence()}, which this rank cannot hold ({error}). "
-            f"Use a smaller model, or more ranks with a larger parallel.expert_parallel_size."
-        ) from None
-    initialize(model, run.seed)
-    return model
 
 
 def _evaluate(

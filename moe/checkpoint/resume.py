@@ -13,6 +13,7 @@ from moe.checkpoint.identity import check
 from moe.checkpoint.save import TrainState
 from moe.dist import Ranks
 from moe.engine.engine import Engine
+from moe.engine.partition import publish
 from moe.errors import CheckpointError
 
 
@@ -31,12 +32,14 @@ def restore(engine: Engine, data_fingerprint: str) -> TrainState:
     with _Tensors(folder, manifest) as tensors:
         for parameter, state, keys in states.needed(engine):
             parts = [tensors.get(key) for key in keys]
-            value = parts[0] if parts[0].shape == parameter.shape else torch.stack(parts)
-            if value.shape != parameter.shape:
+            shape = engine.homes[parameter].shape
+            value = parts[0] if parts[0].shape == shape else torch.stack(parts)
+            if value.shape != shape:
                 raise CheckpointError(
-                    f"{folder}: {keys[0]} has shape {tuple(value.shape)}, not {tuple(parameter.shape)}."
+                    f"{folder}: {keys[0]} has shape {tuple(value.shape)}, not {tuple(shape)}."
                 )
             states.write(engine, parameter, state, value)
+        publish(engine.wrapped.optimizer)
         for name, buffer in engine.model.named_buffers():
             buffer.copy_(tensors.get(states.key(states.WEIGHT, name)))
         unused = None

@@ -175,10 +175,37 @@ def _parallel(run: RunConfig) -> list[str]:
         )
     if parallel.dispatch == "deepep":
         faults += _deepep(run)
+    faults += _zero(run)
     if parallel.zero_stage == 0 and run.train.precision == "bf16":
         faults.append(
             "parallel.zero_stage is 0 with train.precision bf16: DeepSpeed then leaves experts out of the "
             "gradient norm and keeps no float32 master in step with the rest. Use zero_stage 1, or fp32."
+        )
+    return faults
+
+
+def _zero(run: RunConfig) -> list[str]:
+    """Stages and offload that cannot go together, or that DeepSpeed cannot do."""
+    stage, offload, faults = run.parallel.zero_stage, run.parallel.offload, []
+    if stage == 3 and run.train.optimizer.kind == "muon":
+        faults.append(
+            "parallel.zero_stage is 3 with train.optimizer.kind muon: stage 3 cuts every matrix into pieces, and Muon "
+            "needs whole ones. Use zero_stage 2, or kind adamw."
+        )
+    if offload != "none" and stage == 0:
+        faults.append(
+            f"parallel.offload is {offload}, but parallel.zero_stage is 0: DeepSpeed offloads what it partitions, and "
+            f"that is nothing. Use zero_stage 1, or offload none."
+        )
+    if offload == "all" and stage in (1, 2):
+        faults.append(
+            f"parallel.offload is all, but parallel.zero_stage is {stage}: only stage 3 can keep parameters elsewhere "
+            f"while they are not used. Use zero_stage 3, or offload optimizer."
+        )
+    if offload != "none" and run.train.optimizer.kind == "muon":
+        faults.append(
+            f"parallel.offload is {offload} with train.optimizer.kind muon: its matrix products would run on the host. "
+            f"Use kind adamw, or offload none."
         )
     return faults
 

@@ -14,11 +14,11 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 def _whole(value: Any) -> Any:
     """Literal compares equal: it takes 1.0 and true for 1."""
     if isinstance(value, bool | float):
-        raise ValueError("it must be 0, 1 or 2, without a fraction")
+        raise ValueError("it must be 0, 1, 2 or 3, without a fraction")
     return value
 
 
-ZeroStage = Annotated[Literal[0, 1, 2], BeforeValidator(_whole)]
+ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole)]
 
 
 class DataConfig(Section):
@@ -85,7 +85,10 @@ class ParallelConfig(Section):
     dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
     """How tokens travel to their experts: torch's all-to-all, or DeepEP's kernels where they are installed."""
     zero_stage: ZeroStage = 1
-    """What DeepSpeed ZeRO partitions: nothing, optimizer states, gradients too (arXiv:1910.02054)."""
+    """What DeepSpeed ZeRO partitions: nothing, optimizer states, gradients too, parameters too (arXiv:1910.02054)."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in host memory and is stepped there: nothing, the optimizer (arXiv:2101.06840; ZeRO 1 to 3), or
+    parameters too (arXiv:2104.07857; ZeRO 3)."""
     timeout_minutes: Annotated[float, Field(ge=0.1, le=10_080)] = 10.0
     """How long a collective may wait before the run fails."""
 

@@ -10,9 +10,8 @@ import torch.distributed as dist
 from moe.config import RunConfig
 from moe.data.loader import Batch
 from moe.dist import Ranks
+from moe.engine.build import build
 from moe.engine.engine import Engine, StepResult
-from moe.model import Transformer, initialize
-from moe.sparse import Capacity, ExpertLayout
 from moe.sparse.health import Health
 
 VOCAB, LENGTH = 128, 32
@@ -42,6 +41,9 @@ def tiny(**sections: Any) -> RunConfig:
             "schedule": {"warmup_steps": 2},
         },
     }
+    if sections.get("parallel", {}).get("zero_stage") == 3:
+        # Else DeepSpeed keeps parameters as small as these whole on every rank.
+        page["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     for name, section in sections.items():
         page[name] = {**page[name], **section} if isinstance(page.get(name), dict) else section
     return RunConfig.model_validate(page)
@@ -102,11 +104,8 @@ class Curve:
 
 def start(run: RunConfig, ranks: Ranks) -> Engine:
     """A fresh engine."""
-    experts = run.model.moe.num_experts if run.model.moe else 1
-    layout = ExpertLayout(experts, ranks.expert_parallel_size, ranks.expert_rank, ranks.expert_group)
-    model = Transformer(run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance))
-    initialize(model, run.seed)
-    return Engine.start(run, model, ranks)
+    return Engine.start(run, build(run, ranks), ranks)
+
 
 
 def train(engine: Engine, first: int, last: int) -> list[StepResult]:

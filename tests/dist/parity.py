@@ -101,10 +101,15 @@ class Layout:
     balance: str = "sequence"
     model: str = "sparse"
     optimizer: str = "adamw"
+    offload: str = "none"
 
     def run(self) -> RunConfig:
         return tiny(
-            parallel={"expert_parallel_size": self.expert_parallel_size, "zero_stage": self.zero_stage},
+            parallel={
+                "expert_parallel_size": self.expert_parallel_size,
+                "zero_stage": self.zero_stage,
+                "offload": self.offload,
+            },
             train={
                 "micro_batch_size": GLOBAL_BATCH // self.world_size // self.accumulation,
                 "activation_recomputation": self.recompute,
@@ -122,33 +127,56 @@ class Layout:
         return Layout(1, 1, 1, micro_batches, **same)
 
 
-def matrix() -> list[Layout]:
-    """Every layout offered on 1, 2 and 4 processes; recompute, the other balancing scope, other models on some."""
-    layouts = [
-        Layout(world, ep, zero, accumulation)
+def grid() -> list[Layout]:
+    """Every ZeRO stage, expert parallelism and accumulation on 1, 2 and 4 processes, with recomputation and without."""
+    return [
+        Layout(world, ep, zero, accumulation, recompute)
         for world in (1, 2, 4)
         for ep in (1, 2, 4)
         if ep <= world
-        for zero in (0, 1, 2)
+        for zero in (0, 1, 2, 3)
         for accumulation in (1, 2)
+        for recompute in ("none", "block")
     ]
-    layouts += [Layout(w, ep, 1, 2, recompute="block") for w, ep in ((1, 1), (2, 2), (4, 4))]
+
+
+def matrix() -> list[Layout]:
+    """Half of the grid, such that every two of its settings meet; other balancing scopes, models, optimizers on some."""
+    layouts = [
+        layout
+        for layout in grid()
+        if (layout.recompute == "block")
+        == ((layout.expert_parallel_size.bit_length() + layout.zero_stage + layout.accumulation) % 2 == 1)
+    ]
     layouts += [
         Layout(w, ep, z, a, balance="global batch")
-        for w, ep, z, a in ((2, 2, 1, 1), (2, 1, 2, 2), (4, 2, 0, 2))
+        for w, ep, z, a in ((2, 2, 1, 1), (2, 1, 2, 2), (4, 2, 0, 2), (2, 2, 3, 2))
+    ]
+    layouts += [
+        Layout(w, ep, z, a, offload=offload)
+        for w, ep, z, a, offload in (
+            (2, 2, 1, 2, "optimizer"),
+            (2, 1, 2, 2, "optimizer"),
+            (2, 2, 3, 2, "optimizer"),
+            (2, 1, 3, 1, "all"),
+            (4, 2, 3, 2, "all"),
+        )
     ]
     deepseek = "DeepSeek-V3's choice"
     layouts += [
         Layout(w, ep, z, a, balance=balance, model=deepseek, recompute="block" if a == 2 else "none")
         for balance in ("loss-free, sign", "all at once")
-        for w, ep, z, a in ((1, 1, 1, 2), (2, 2, 2, 1), (4, 2, 0, 2), (4, 4, 1, 1))
+        for w, ep, z, a in ((1, 1, 1, 2), (2, 2, 2, 1), (4, 2, 0, 2), (4, 2, 3, 1), (4, 4, 1, 1))
     ]
-    layouts += [Layout(w, ep, z, 2, model="all switches") for w, ep, z in ((2, 2, 1), (4, 2, 0), (4, 4, 2))]
+    layouts += [
+        Layout(w, ep, z, 2, model="all switches") for w, ep, z in ((2, 2, 1), (4, 2, 0), (4, 2, 3), (4, 4, 2))
+    ]
     layouts += [
         Layout(w, ep, z, 2, recompute="experts", model=model)
         for model, w, ep, z in (
             ("all switches", 2, 2, 0),
             ("GPT-OSS's experts, latent", 2, 1, 2),
+            ("GPT-OSS's experts, latent", 2, 2, 3),
             ("GPT-OSS's experts, latent", 4, 4, 1),
         )
     ]
@@ -158,9 +186,9 @@ def matrix() -> list[Layout]:
     ]
     layouts += [
         Layout(w, ep, z, a, balance="none", model="experts choose", recompute="block" if a == 2 else "none")
-        for w, ep, z, a in ((2, 2, 1, 2), (4, 2, 2, 1), (4, 4, 0, 1))
+        for w, ep, z, a in ((2, 2, 1, 2), (2, 2, 3, 1), (4, 2, 2, 1), (4, 4, 0, 1))
     ]
-    layouts += [Layout(w, 1, z, 1, model="dense") for w, z in ((2, 0), (2, 2), (4, 1))]
+    layouts += [Layout(w, 1, z, 1, model="dense") for w, z in ((2, 0), (2, 2), (2, 3), (4, 1))]
     layouts += [
         Layout(w, ep, z, a, optimizer="muon") for w, ep, z, a in ((1, 1, 0, 2), (2, 2, 0, 1), (2, 1, 2, 1))
     ]
@@ -170,6 +198,11 @@ def matrix() -> list[Layout]:
     ]
     layouts.append(Layout(2, 2, 1, 2, model="GPT-OSS's experts, latent", optimizer="muon"))
     return layouts
+
+
+def everything() -> list[Layout]:
+    """The whole grid, and the others of the matrix: what the command shows."""
+    return [*grid(), *(layout for layout in matrix() if layout not in grid())]
 
 
 @dataclass(frozen=True)
@@ -226,7 +259,7 @@ def _relative(ours: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def main() -> int:
-    layouts = matrix()
+    layouts = everything()
     with tempfile.TemporaryDirectory() as folder:
         found = curves([*{layout.reference() for layout in layouts}, *layouts], Path(folder))
     table = Table(
@@ -235,6 +268,7 @@ def main() -> int:
         "ZeRO",
         "accumulation",
         "recompute",
+        "offload",
         "balance",
         "model",
         "optimizer",
@@ -252,6 +286,7 @@ def main() -> int:
         counts = "equal" if far.counts_equal else "differ"
         shown = (
             layout.recompute,
+            layout.offload,
             layout.balance,
             layout.model,
             layout.optimizer,

@@ -49,7 +49,11 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
     ),
     "not a number": (["train.optimizer.learning_rate=.nan"], ["learning_rate is nan", "finite"]),
     "unknown choice": (["train.precision=fp8"], ["train.precision is 'fp8'", "'fp32' or 'bf16'"]),
-    "stage three": (["parallel.zero_stage=3"], ["parallel.zero_stage is 3", "0, 1 or 2"]),
+    "stage four": (["parallel.zero_stage=4"], ["parallel.zero_stage is 4", "0, 1, 2 or 3"]),
+    "offload to a disk": (
+        ["parallel.offload=nvme"],
+        ["parallel.offload is 'nvme'", "'none', 'optimizer' or 'all'"],
+    ),
     "path for a name": (["name=../up"], ["name is '../up'", "letters, digits, dot, dash", "name=VALUE"]),
     "heads and width": (
         ["model.attention.num_heads=6", "model.attention.num_kv_heads=3"],
@@ -130,6 +134,22 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
     "bf16 under stage 0": (
         ["parallel.zero_stage=0", "train.precision=bf16"],
         ["zero_stage is 0", "bf16", "Use zero_stage 1, or fp32"],
+    ),
+    "muon under stage 3": (
+        ["parallel.zero_stage=3", "train.optimizer.kind=muon"],
+        ["zero_stage is 3", "muon", "needs whole ones", "Use zero_stage 2, or kind adamw"],
+    ),
+    "offload of nothing": (
+        ["parallel.zero_stage=0", "train.precision=fp32", "parallel.offload=optimizer"],
+        ["offload is optimizer", "zero_stage is 0", "Use zero_stage 1"],
+    ),
+    "parameters offloaded under stage 2": (
+        ["parallel.zero_stage=2", "parallel.offload=all"],
+        ["offload is all", "zero_stage is 2", "Use zero_stage 3, or offload optimizer"],
+    ),
+    "muon on the host": (
+        ["parallel.offload=optimizer", "train.optimizer.kind=muon"],
+        ["offload is optimizer", "muon", "Use kind adamw, or offload none"],
     ),
     "balance without experts": (
         ["model.moe=null", "model.intermediate_size=64", "balance.router_z_loss_weight=0.1"],
