@@ -1,6 +1,7 @@
 """Small models of every stock architecture with random weights, as a saved run would hand them out."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,9 @@ class Saved:
     def names(self) -> list[str]:
         return list(self.weights)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.weights[name].clone()
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        stacked = ".experts." in name
+        yield from (part.clone() for part in (self.weights[name] if stacked else [self.weights[name]]))
 
 
 def saved(model: ModelConfig) -> Saved:
