@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moe.checkpoint import folder as folders
 from moe.checkpoint.folder import Manifest
-from moe.checkpoint.tensors import TensorFile
+from moe.checkpoint.unmapped import TensorFile
 from moe.config import RunConfig
 from moe.errors import CheckpointError
 from moe.model import Transformer

@@ -18,9 +18,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from moe import export
-from moe.checkpoint import folder as folders
 from moe.checkpoint.read import SavedModel
-from moe.checkpoint.tensors import TensorFile
+from moe.checkpoint.unmapped import TensorFile
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ExportError
 from moe.hf.convert import disk_tensors, moves
@@ -28,8 +27,7 @@ from moe.hf.match import family_of
 from moe.hf.stream import write_tensors
 from moe.hf.verify import our_logits
 from moe.model import Transformer
-from moe.recipe import dump
-from tests.stock import CASES, Saved, model, run_of, saved, write_run, write_tokenizer
+from tests.stock import CASES, Saved, finish_run, model, run_of, saved, write_run
 
 LARGE = model(
     vocab_size=1000,
@@ -76,21 +74,15 @@ print(growth(lambda: bytearray(10**8)))  # the control: what is held is seen
 
 def _large_run(folder: Path) -> Path:
     """A run whose every tensor holds its own number, made without holding them."""
-    run, step = run_of(LARGE), folders.step_folder(folder, 1)
+    step = folder / "checkpoints/step_1"
     step.mkdir(parents=True)
-    (step / "recipe.yaml").write_text(dump(run))
-    (folder / "recipe.yaml").write_text(dump(run))
     shapes: dict[str, tuple[int, ...]] = {}
     for move in moves(family_of(LARGE), LARGE):
         for number in range(move.num_pieces):
             shapes[f"weight/{move.ours}" + (f"[{number}]" if move.stacked else "")] = move.piece_shape
     tensors = ((key, torch.full(shape, float(n))) for n, (key, shape) in enumerate(shapes.items()))
     write_tensors(step / "state.safetensors", shapes, torch.float32, tensors)
-    files = {path.name: folders.File(path.stat().st_size, folders.hash_file(path)) for path in step.iterdir()}
-    page = folders.Manifest(1, 8, 0, 1, "", files, dict.fromkeys(shapes, "state.safetensors"))
-    folders.write_manifest(step, page)
-    write_tokenizer(folder / "tokenizer")
-    return folder
+    return finish_run(folder, run_of(LARGE), 1, list(shapes))
 
 
 @pytest.mark.slow
