@@ -14,7 +14,7 @@ from moe.errors import CheckpointError
 FORMAT = "turnout-checkpoint"
 VERSION = 1
 MANIFEST = "manifest.json"
-_BLOCK = 1 << 24
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
