@@ -71,7 +71,7 @@ def main(recipe: str | Path, overrides: Sequence[str] = ()) -> int:
 def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) -> int:
     """The loop. Collective."""
     from moe.checkpoint.resume import restore
-    from moe.checkpoint.save import save
+    from moe.checkpoint.save import Saver
     from moe.data.loader import train_batches
     from moe.engine.engine import Engine
     from moe.metrics import Meter, Tracker
@@ -93,22 +93,23 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
         seed=run.seed,
         start_step=state.step,
     )
-    saved = state.step if state.step else None
-    with lock, Tracker.open(run, speaks=ranks.speaks, step=state.step) as tracker:
+    with (
+        lock,
+        Tracker.open(run, speaks=ranks.speaks, step=state.step) as tracker,
+        Saver.open(engine, data.fingerprint, state.step, tracker) as saver,
+    ):
         meter = Meter(run, ranks, tracker)
         if state.step == 0:
             _evaluate(run, data, engine, tracker, state, meter)
-        while state.step < run.train.steps and not ranks.any(stop.received):
+        while state.step < run.train.steps and not ranks.any(stop.received or saver.poll()):
             result = engine.step(_next(batches), state.step, observe=meter.due(state.step + 1))
             state = state.after(result.num_tokens, result.tokens_per_expert)
             meter.step(result, step=state.step, tokens=state.tokens, unused=state.steps_since_use_LE)
             _evaluate(run, data, engine, tracker, state, meter)
             if run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0:
                 with meter.stopped():
-                    save(engine, state, data.fingerprint)
-                saved = state.step
-        if saved != state.step and state.step:
-            save(engine, state, data.fingerprint)
+                    saver.save(state)
+        saver.finish(state)
         return _finish(run, ranks, state)  # the folder is still ours
 
 

@@ -9,12 +9,16 @@ from typing import Any
 
 import xxhash
 
+from moe.config import RunConfig
 from moe.errors import CheckpointError
 
 FORMAT = "turnout-checkpoint"
-VERSION = 1
+VERSION = 2
 MANIFEST = "manifest.json"
+TORN = ".torn-"
+"""What the name of a folder begins with that is being written or removed."""
 _BLOCK = 1 << 24
+_UNSAID = ("expert_parallel_size", "zero_stage", "micro_batch_size")
 
 
 @dataclass(frozen=True)
@@ -28,6 +32,40 @@ class File:
 
 
 @dataclass(frozen=True)
+class Saved:
+    """What a tensor of a checkpoint must be, and where."""
+
+    file: str
+    shape: tuple[int, ...]
+    xxh3: str | None
+    """XXH3-128 of its contiguous bytes, hexadecimal; None: written by version 1, which hashed whole files alone."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the ranks were spread that wrote a checkpoint; None: version 1 did not say."""
+
+    world_size: int
+    expert_parallel_size: int | None
+    zero_stage: int | None
+    micro_batch_size: int | None
+
+    @classmethod
+    def of(cls, run: RunConfig, world_size: int) -> "Layout":
+        """The layout in which `world_size` ranks train `run`."""
+        parallel = run.parallel
+        return cls(world_size, parallel.expert_parallel_size, parallel.zero_stage, run.train.micro_batch_size)
+
+    def __str__(self) -> str:
+        ranks = f"{self.world_size} rank{'' if self.world_size == 1 else 's'}"
+        ep, zero, micro = (
+            "?" if value is None else value
+            for value in (self.expert_parallel_size, self.zero_stage, self.micro_batch_size)
+        )
+        return f"{ranks} x EP {ep} x ZeRO {zero}, micro-batch {micro}"
+
+
+@dataclass(frozen=True)
 class Manifest:
     """Written last; a folder without it is no checkpoint."""
 
@@ -37,15 +75,25 @@ class Manifest:
     """Position in the endless row of training samples."""
     tokens: int
     """Tokens trained on."""
-    world_size: int
+    layout: Layout
     data_fingerprint: str
     files: dict[str, File]
-    tensors: dict[str, str]
-    """Tensor key -> file."""
+    tensors: dict[str, Saved]
+    """By key; see `moe.checkpoint.state`."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Of all files but this one."""
+        return sum(file.size for file in self.files.values())
 
 
 def step_folder(run_folder: Path, step: int) -> Path:
     return run_folder / "checkpoints" / f"step_{step}"
+
+
+def torn(folder: Path) -> Path:
+    """Where `folder` is written before it has its name, and removed after."""
+    return folder.with_name(f"{TORN}{folder.name}")
 
 
 def steps(run_folder: Path) -> list[int]:
@@ -73,7 +121,7 @@ def steps(run_folder: Path) -> list[int]:
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Write and sync the manifest into `folder`."""
-    content = asdict(manifest)
+    content: dict[str, Any] = json.loads(json.dumps(asdict(manifest)))
     page = {"format": FORMAT, "version": VERSION, "xxh3": _hash_of(content), **content}
     path = folder / MANIFEST
     with path.open("w", encoding="utf-8") as file:
@@ -87,22 +135,35 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         page: dict[str, Any] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         kind, version = page.pop("format"), page.pop("version")
-        if (kind, version) != (FORMAT, VERSION):
+        if kind != FORMAT or version not in (1, VERSION):
             raise CheckpointError(
                 f"{folder}: its manifest says format {kind!r} version {version}, but this version reads {FORMAT!r} "
-                f"version {VERSION}. Use the version of turnout that wrote it."
+                f"versions 1 and {VERSION}. Use the version of turnout that wrote it."
             )
         if page.pop("xxh3") != _hash_of(page) or f"step_{page['step']}" != folder.name:
             raise CheckpointError(
                 f"{folder / MANIFEST} is not what was written there: it or its folder's name was changed. "
                 f"{_way_out(folder)}"
             )
-        files = {name: File(**file) for name, file in page.pop("files").items()}
-        return Manifest(**page, files=files)
+        if version == 1:
+            page["layout"] = {"world_size": page.pop("world_size"), **dict.fromkeys(_UNSAID)}
+            page["tensors"] = {
+                key: {"file": file, "shape": (), "xxh3": None} for key, file in page["tensors"].items()
+            }
+        return manifest_from(page)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{folder / MANIFEST} cannot be read ({type(error).__name__}: {error}). {_way_out(folder)}"
         ) from None
+
+
+def manifest_from(page: dict[str, Any]) -> Manifest:
+    """From plain data, as JSON has it."""
+    files = {name: File(**file) for name, file in page["files"].items()}
+    tensors = {
+        key: Saved(**saved | {"shape": tuple(saved["shape"])}) for key, saved in page["tensors"].items()
+    }
+    return Manifest(**page | {"layout": Layout(**page["layout"]), "files": files, "tensors": tensors})
 
 
 def verify(folder: Path, manifest: Manifest, names: set[str] | None = None) -> None:
@@ -133,8 +194,13 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def hash_bytes(content: bytes) -> str:
+    """XXH3-128, hexadecimal."""
+    return xxhash.xxh3_128_hexdigest(content)
+
+
 def _hash_of(content: dict[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(content, sort_keys=True).encode())
+    return hash_bytes(json.dumps(content, sort_keys=True).encode())
 
 
 def _way_out(folder: Path) -> str:

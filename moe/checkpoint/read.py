@@ -62,7 +62,7 @@ class SavedModel:
         return (key for key in self.manifest.tensors if key.startswith(_PREFIX))
 
     def _read(self, key: str) -> Tensor:
-        with safe_open(self.folder / self.manifest.tensors[key], framework="pt") as file:
+        with safe_open(self.folder / self.manifest.tensors[key].file, framework="pt") as file:
             tensor: Tensor = file.get_tensor(key)
             return tensor
 

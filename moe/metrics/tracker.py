@@ -74,6 +74,17 @@ class Tracker:
             record["bits_per_byte"],
         )
 
+    def checkpoint(self, record: Record) -> None:
+        """A record of a save that is complete."""
+        self._append(record)
+        log.get().info(
+            "saved step %d: %.1f MB; training was held for %.3f s, writing took %.3f s",
+            record["step"],
+            record["checkpoint_bytes"] / 1e6,
+            record["checkpoint_held_seconds"],
+            record["checkpoint_write_seconds"],
+        )
+
     def _append(self, record: Record) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
