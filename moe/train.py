@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moe import dist, log
-from moe.checkpoint import identity
+from moe.checkpoint import identity, space
 from moe.checkpoint.lock import held
 from moe.config import RunConfig, cautions, check_data, check_world
 from moe.data.shards import TokenData
@@ -50,7 +50,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
             f"Choose another run_dir."
         )
-    identity.check(run, data.fingerprint)
+    space.check(run, identity.check(run, data.fingerprint))
     return data
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moe import log
 from moe.checkpoint import folder as folders
+from moe.checkpoint import space
 from moe.checkpoint import state as states
 from moe.checkpoint.folder import Manifest
 from moe.checkpoint.write import Snapshot, write
@@ -78,6 +79,8 @@ class Saver:
         On the way out it waits for the save in flight, so that a run that fails elsewhere has it whole.
         """
         saver = cls(engine, data_fingerprint, newest, tracker)
+        if engine.ranks.speaks and (sentence := space.caution(engine.run, newest)):
+            log.get().warning(sentence)
         try:
             yield saver
         except BaseException:
