@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -13,6 +12,7 @@ import click
 
 from moe import dist, log
 from moe.checkpoint import identity, space
+from moe.checkpoint.folder import write_atomically
 from moe.checkpoint.lock import held
 from moe.config import RunConfig, cautions, check_data, check_world
 from moe.data.shards import TokenData
@@ -202,7 +202,7 @@ def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: Exi
             raise ConfigError(
                 f"{metrics} is a folder, but records go into a file of that name. Move it away."
             )
-        _write_atomically(run.folder / "recipe.yaml", dump(run))
+        write_atomically(run.folder / "recipe.yaml", dump(run))
         (run.folder / "done").unlink(missing_ok=True)
         if state.step == 0 or not tokenizer.is_dir():
             partial = run.folder / ".tokenizer"
@@ -262,7 +262,7 @@ def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:
     done = state.step >= run.train.steps
     if ranks.speaks:
         if done:
-            _write_atomically(
+            write_atomically(
                 run.folder / "done", json.dumps({"step": state.step, "tokens": state.tokens}) + "\n"
             )
             log.get().info("done: %d steps, %s tokens, in %s", state.step, f"{state.tokens:,}", run.folder)
@@ -272,15 +272,6 @@ def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:
             )
     ranks.barrier()
     return 0 if done else EXIT_STOPPED
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @click.command("train")

@@ -17,6 +17,8 @@ VERSION = 2
 MANIFEST = "manifest.json"
 TORN = ".torn-"
 """What the name of a folder begins with that is being written or removed."""
+BEFORE = ".before-"
+"""What the name of a whole checkpoint begins with while another takes its place."""
 _BLOCK = 1 << 24
 _UNSAID = ("expert_parallel_size", "zero_stage", "micro_batch_size")
 
@@ -100,13 +102,20 @@ def steps(run_folder: Path) -> list[int]:
     """Steps of complete checkpoints, oldest first. Folders of torn saves have other names and never count.
 
     Raises `CheckpointError` for a folder step_N without a manifest: a save never leaves one behind, so something
-    was taken out of it.
+    was taken out of it; and for one whose name a resize took and, being killed, gave to none.
     """
     home, found = run_folder / "checkpoints", []
     if home.exists() and not home.is_dir():
         raise CheckpointError(
             f"{home} is a file, but checkpoints go into a folder of that name. Move it away."
         )
+    for path in home.glob(f"{BEFORE}step_*"):
+        folder = path.with_name(path.name.removeprefix(BEFORE))
+        if not folder.exists():
+            raise CheckpointError(
+                f"{path} is {folder.name}, whole, as a resize left it that was ended between two renames. Rename it "
+                f"to {folder.name} to go on."
+            )
     for path in home.glob("step_*"):
         match = re.fullmatch(r"step_(0|[1-9][0-9]*)", path.name)
         if match and not (path / MANIFEST).is_file():
@@ -143,7 +152,7 @@ def read_manifest(folder: Path) -> Manifest:
         if page.pop("xxh3") != _hash_of(page) or f"step_{page['step']}" != folder.name:
             raise CheckpointError(
                 f"{folder / MANIFEST} is not what was written there: it or its folder's name was changed. "
-                f"{_way_out(folder)}"
+                f"{way_out(folder)}"
             )
         if version == 1:
             page["layout"] = {"world_size": page.pop("world_size"), **dict.fromkeys(_UNSAID)}
@@ -153,7 +162,7 @@ def read_manifest(folder: Path) -> Manifest:
         return manifest_from(page)
     except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder / MANIFEST} cannot be read ({type(error).__name__}: {error}). {_way_out(folder)}"
+            f"{folder / MANIFEST} cannot be read ({type(error).__name__}: {error}). {way_out(folder)}"
         ) from None
 
 
@@ -171,18 +180,38 @@ def verify(folder: Path, manifest: Manifest, names: set[str] | None = None) -> N
     for name, expected in manifest.files.items():
         if names is not None and name not in names:
             continue
-        path = folder / name
-        if not path.is_file():
-            raise CheckpointError(f"{path} is missing, but the manifest lists it. {_way_out(folder)}")
-        size = path.stat().st_size
-        if size != expected.size:
+        _verify_size(folder, name, expected)
+        if hash_file(folder / name) != expected.xxh3:
             raise CheckpointError(
-                f"{path} has {size} bytes, but {expected.size} were written: it was cut or changed. {_way_out(folder)}"
+                f"{folder / name} does not have the hash it was written with: it was changed. {way_out(folder)}"
             )
-        if hash_file(path) != expected.xxh3:
-            raise CheckpointError(
-                f"{path} does not have the hash it was written with: it was changed. {_way_out(folder)}"
-            )
+
+
+def verify_sizes(folder: Path, manifest: Manifest) -> None:
+    """The part of `verify` that reads no file."""
+    for name, expected in manifest.files.items():
+        _verify_size(folder, name, expected)
+
+
+def _verify_size(folder: Path, name: str, expected: File) -> None:
+    path = folder / name
+    if not path.is_file():
+        raise CheckpointError(f"{path} is missing, but the manifest lists it. {way_out(folder)}")
+    size = path.stat().st_size
+    if size != expected.size:
+        raise CheckpointError(
+            f"{path} has {size} bytes, but {expected.size} were written: it was cut or changed. {way_out(folder)}"
+        )
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write and sync a file that is the old or the new one at every moment."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
 
 
 def hash_file(path: Path) -> str:
@@ -203,7 +232,8 @@ def _hash_of(content: dict[str, Any]) -> str:
     return hash_bytes(json.dumps(content, sort_keys=True).encode())
 
 
-def _way_out(folder: Path) -> str:
+def way_out(folder: Path) -> str:
+    """What to do about a checkpoint that cannot be trusted."""
     run_folder = folder.parent.parent
     others = [step for step in steps(run_folder) if f"step_{step}" != folder.name]
     if others:

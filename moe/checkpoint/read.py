@@ -33,8 +33,7 @@ class SavedModel:
     @classmethod
     def open(cls, run_folder: Path, step: int | None = None) -> "SavedModel":
         """The checkpoint of `step` in a run's folder; None: the newest. Raises `CheckpointError`."""
-        if step is None or not (folders.step_folder(run_folder, step) / folders.MANIFEST).is_file():
-            step = _newest(run_folder, step)
+        step = chosen(run_folder, step)
         folder = folders.step_folder(run_folder, step)
         manifest = folders.read_manifest(folder)
         folders.verify(folder, manifest)
@@ -67,16 +66,19 @@ class SavedModel:
             return tensor
 
 
-def _newest(run_folder: Path, wanted: int | None) -> int:
+def chosen(run_folder: Path, step: int | None) -> int:
+    """`step`, if there is a checkpoint of it; None: the newest's. Raises `CheckpointError` naming those there are."""
+    if step is not None and (folders.step_folder(run_folder, step) / folders.MANIFEST).is_file():
+        return step
     found = folders.steps(run_folder)
     if not found:
         raise CheckpointError(
             f"{run_folder} holds no checkpoint: it must be the folder of a run that has saved one. "
             f"Give such a folder, or train first."
         )
-    if wanted is not None:
+    if step is not None:
         raise CheckpointError(
-            f"{run_folder} has no checkpoint of step {wanted}. It has {', '.join(map(str, found))}: use one of them."
+            f"{run_folder} has no checkpoint of step {step}. It has {', '.join(map(str, found))}: use one of them."
         )
     return found[-1]
 

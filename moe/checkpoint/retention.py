@@ -24,11 +24,16 @@ def remove(run_folder: Path, steps: Iterable[int]) -> None:
 
 
 def leftovers(home: Path) -> list[Path]:
-    """What killed saves and removals left in `home`, the folder of checkpoints."""
-    return sorted(home.glob(f"{folders.TORN}*"))
+    """What killed saves, removals and resizes left in `home`, the folder of checkpoints."""
+    replaced = [path for path in home.glob(f"{folders.BEFORE}step_*") if _has_heir(path)]
+    return sorted([*home.glob(f"{folders.TORN}*"), *replaced])
 
 
 def sweep(home: Path) -> None:
     """Remove leftovers; nothing may be saving there."""
     for left in leftovers(home):
         shutil.rmtree(left)
+
+
+def _has_heir(replaced: Path) -> bool:
+    return replaced.with_name(replaced.name.removeprefix(folders.BEFORE)).is_dir()

@@ -12,7 +12,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from moe.checkpoint.folder import File, Manifest, Saved
+from moe.checkpoint.folder import File, Manifest, Saved, way_out
 from moe.errors import CheckpointError
 
 _NAMES = {
@@ -109,7 +109,7 @@ def verify(folder: Path, manifest: Manifest, keys: Iterable[str] | None = None) 
             if hash_of(reader.get(key)) != expected:
                 raise CheckpointError(
                     f"{folder / manifest.tensors[key].file}: the tensor {key} does not have the hash it was written "
-                    f"with: it was changed."
+                    f"with: it was changed. {way_out(folder)}"
                 )
             count += 1
     return count

@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -52,7 +52,16 @@ def write(run: RunConfig, mine: Snapshot, ranks: Ranks) -> Manifest:
     try:
         _together(ranks, torn, lambda: begin(torn) if ranks.speaks else None)
         parts = _together(ranks, torn, lambda: write_part(torn, ranks.rank, mine.tensors, mine.rng))
-        manifest = manifest_of(run, mine, Layout.of(run, ranks.world_size), parts)
+        blank = Manifest(
+            step=mine.step,
+            next_sample=mine.step * run.train.global_batch_size,
+            tokens=mine.tokens,
+            layout=Layout.of(run, ranks.world_size),
+            data_fingerprint=mine.data_fingerprint,
+            files={},
+            tensors={},
+        )
+        manifest = filled(blank, run, parts)
         _together(ranks, torn, lambda: _finish(run, manifest, torn) if ranks.speaks else None)
     except CheckpointError:
         if ranks.speaks:  # all ranks have stopped writing, and the room may be wanted
@@ -81,20 +90,13 @@ def write_part(folder: Path, rank: int, state: dict[str, Tensor], rng: dict[str,
     return Part(files, saved)
 
 
-def manifest_of(run: RunConfig, mine: Snapshot, layout: Layout, parts: list[Part]) -> Manifest:
-    """Of all parts; the recipe's file is listed, and `seal` writes it."""
+def filled(manifest: Manifest, run: RunConfig, parts: list[Part]) -> Manifest:
+    """With the files and tensors of all parts, and the recipe that `seal` will write."""
     files = {name: file for part in parts for name, file in part.files.items()}
     page = dump(run).encode()
     files["recipe.yaml"] = File(len(page), folders.hash_bytes(page))
-    return Manifest(
-        step=mine.step,
-        next_sample=mine.step * run.train.global_batch_size,
-        tokens=mine.tokens,
-        layout=layout,
-        data_fingerprint=mine.data_fingerprint,
-        files=files,
-        tensors={name: saved for part in parts for name, saved in part.tensors.items()},
-    )
+    saved = {name: tensor for part in parts for name, tensor in part.tensors.items()}
+    return replace(manifest, files=files, tensors=saved)
 
 
 def seal(run: RunConfig, manifest: Manifest, torn: Path) -> None:

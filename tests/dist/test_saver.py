@@ -2,6 +2,7 @@
 
 import json
 import logging
+import shutil
 import threading
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from moe import log
 from moe.checkpoint import folder as folders
 from moe.checkpoint import state as states
 from moe.checkpoint import tensors
+from moe.checkpoint.resize import resize
 from moe.checkpoint.resume import restore
 from moe.checkpoint.save import Saver, TrainState, save
 from moe.config import RunConfig
@@ -173,6 +175,17 @@ def _resized(rank: int, folder: Path) -> None:
         assert said.sentences == ([sentence] if rank == 0 else [])
         said.sentences.clear()
 
+    if rank == 0:
+        shutil.copytree(folder / "checkpoints", folder / "saved/checkpoints")
+    ranks.barrier()
+    engine = start(_run(folder / "saved", 1, 2), alone)
+    state = restore(engine, "data")
+    if rank == 0:
+        shutil.rmtree(folder / "saved/checkpoints")
+    ranks.barrier()
+    save(engine, state, "data")
+    engine.wrapped.destroy()
+
     real = states.write
 
     def wrong(engine: Any, parameter: Any, state: str, value: torch.Tensor) -> None:
@@ -190,6 +203,15 @@ def _resized(rank: int, folder: Path) -> None:
 @pytest.mark.timeout(200)
 def test_a_resize_is_proved_by_hash_or_refused_with_the_first_tensor(tmp_path: Path) -> None:
     run_ranks(_resized, 2, tmp_path, tmp_path)
+
+    # What is resized without an engine is, to the byte, what the ranks of the other layout would have saved.
+    result = resize(tmp_path, {"ep": 1, "zero": 2}, output=tmp_path / "offline")
+    saved = folders.read_manifest(tmp_path / "saved/checkpoints/step_2")
+    offline = folders.read_manifest(result.folder)
+    assert offline.layout == saved.layout
+    assert offline.tensors == saved.tensors
+    for name in ("state-00000.safetensors", "state-00001.safetensors"):
+        assert offline.files[name] == saved.files[name]
 
 
 def _held(rank: int, folder: Path) -> None:
