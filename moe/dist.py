@@ -4,7 +4,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 import torch
@@ -90,6 +90,17 @@ class Ranks:
         """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier(group=self.control_group)
+
+
+def beside(ranks: Ranks, timeout_minutes: float) -> Ranks:
+    """The same ranks with a control group of their own, for a thread beside training. Collective.
+
+    Two threads must not use one group: which rank's call meets which would be a matter of chance.
+    """
+    if ranks.world_size == 1:
+        return ranks
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    return replace(ranks, control_group=dist.new_group(backend="gloo", timeout=timeout))
 
 
 def world_size_from_environment() -> int:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -12,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moe import dist, log
-from moe.checkpoint import identity
+from moe.checkpoint import identity, space
+from moe.checkpoint.folder import write_atomically
 from moe.checkpoint.lock import held
 from moe.config import RunConfig, cautions, check_data, check_world
 from moe.data.shards import TokenData
@@ -51,7 +51,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
             f"Choose another run_dir."
         )
-    identity.check(run, data.fingerprint)
+    space.check(run, identity.check(run, data.fingerprint))
     return data
 
 
@@ -72,7 +72,7 @@ def main(recipe: str | Path, overrides: Sequence[str] = ()) -> int:
 def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) -> int:
     """The loop. Collective."""
     from moe.checkpoint.resume import restore
-    from moe.checkpoint.save import save
+    from moe.checkpoint.save import Saver
     from moe.data.loader import train_batches
     from moe.engine.engine import Engine
     from moe.metrics import Meter, Tracker
@@ -94,22 +94,23 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
         seed=run.seed,
         start_step=state.step,
     )
-    saved = state.step if state.step else None
-    with lock, Tracker.open(run, speaks=ranks.speaks, step=state.step) as tracker:
+    with (
+        lock,
+        Tracker.open(run, speaks=ranks.speaks, step=state.step) as tracker,
+        Saver.open(engine, data.fingerprint, state.step, tracker) as saver,
+    ):
         meter = Meter(run, ranks, tracker)
         if state.step == 0:
             _evaluate(run, data, engine, tracker, state, meter)
-        while state.step < run.train.steps and not ranks.any(stop.received):
+        while state.step < run.train.steps and not ranks.any(stop.received or saver.poll()):
             result = engine.step(_next(batches), state.step, observe=meter.due(state.step + 1))
             state = state.after(result.num_tokens, result.tokens_per_expert)
             meter.step(result, step=state.step, tokens=state.tokens, unused=state.steps_since_use_LE)
             _evaluate(run, data, engine, tracker, state, meter)
             if run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0:
                 with meter.stopped():
-                    save(engine, state, data.fingerprint)
-                saved = state.step
-        if saved != state.step and state.step:
-            save(engine, state, data.fingerprint)
+                    saver.save(state)
+        saver.finish(state)
         return _finish(run, ranks, state)  # the folder is still ours
 
 
@@ -181,7 +182,7 @@ def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: Exi
             raise ConfigError(
                 f"{metrics} is a folder, but records go into a file of that name. Move it away."
             )
-        _write_atomically(run.folder / "recipe.yaml", dump(run))
+        write_atomically(run.folder / "recipe.yaml", dump(run))
         (run.folder / "done").unlink(missing_ok=True)
         if state.step == 0 or not tokenizer.is_dir():
             partial = run.folder / ".tokenizer"
@@ -241,7 +242,7 @@ def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:
     done = state.step >= run.train.steps
     if ranks.speaks:
         if done:
-            _write_atomically(
+            write_atomically(
                 run.folder / "done", json.dumps({"step": state.step, "tokens": state.tokens}) + "\n"
             )
             log.get().info("done: %d steps, %s tokens, in %s", state.step, f"{state.tokens:,}", run.folder)
@@ -251,15 +252,6 @@ def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:
             )
     ranks.barrier()
     return 0 if done else EXIT_STOPPED
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @click.command("train")

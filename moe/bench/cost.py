@@ -20,7 +20,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-from moe import log
+from moe import figures, log
 from moe.config import RunConfig, check_world
 from moe.errors import ConfigError, LaunchError, clean_exit
 from moe.recipe import load
@@ -166,10 +166,8 @@ def command(
     """Train RECIPE for a few steps in every layout of so many ranks, and say what each costs."""
     log.setup()
     with clean_exit():
-        from moe.bench import page
-
         if json_path is not None:
-            page.check_place(json_path)
+            figures.check_place(json_path)
         run = load(RunConfig, recipe, overrides)
         costs = []
         for layout in layouts(run, ranks):
@@ -178,7 +176,7 @@ def command(
         show(costs, title=f"{run.name} on {ranks} ranks", markdown=markdown)
         if json_path is not None:
             found = {"recipe": run.model_dump(mode="json"), "costs": [asdict(cost) for cost in costs]}
-            page.write(json_path, page.dump(found))
+            figures.write(json_path, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

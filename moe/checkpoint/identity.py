@@ -35,12 +35,12 @@ def check(run: RunConfig, data_fingerprint: str) -> Manifest | None:
     if not found:
         started = run.folder / "recipe.yaml"
         if started.is_file():
-            _compare(load(RunConfig, started), run)
+            compare(load(RunConfig, started), run)
         return None
     folder = folders.step_folder(run.folder, found[-1])
     manifest = folders.read_manifest(folder)
     folders.verify(folder, manifest, {"recipe.yaml"})
-    _compare(load(RunConfig, folder / "recipe.yaml"), run)
+    compare(load(RunConfig, folder / "recipe.yaml"), run)
     if manifest.data_fingerprint != data_fingerprint:
         raise CheckpointError(
             f"{folder} was trained on other data than {run.data.path} holds now (fingerprint "
@@ -55,7 +55,8 @@ def check(run: RunConfig, data_fingerprint: str) -> Manifest | None:
     return manifest
 
 
-def _compare(saved: RunConfig, run: RunConfig) -> None:
+def compare(saved: RunConfig, run: RunConfig) -> None:
+    """Raise `CheckpointError` unless the two differ at most in how they are computed."""
     differences = _differences(saved, run)
     if differences:
         raise CheckpointError(

@@ -1,6 +1,5 @@
 """checkpoints/step_N -> the weights alone, on demand, whole, on any machine; no engine needed."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +8,7 @@ from torch import Tensor
 
 from moe.checkpoint import folder as folders
 from moe.checkpoint.folder import Manifest
+from moe.checkpoint.keys import Key
 from moe.checkpoint.unmapped import TensorFile
 from moe.config import RunConfig
 from moe.errors import CheckpointError
@@ -28,9 +28,9 @@ class SavedModel:
         self._files: dict[str, TensorFile] = {}
         self._keys: dict[str, list[str]] = {}
         """Parameter -> its keys, expert by expert."""
-        weights = [key for key in manifest.tensors if key.startswith(_PREFIX)]
-        for key in sorted(weights, key=lambda key: _split(key)[1]):
-            self._keys.setdefault(_split(key)[0], []).append(key)
+        weights = [(key, Key.parse(key)) for key in manifest.tensors if key.startswith(_PREFIX)]
+        for text, key in sorted(weights, key=lambda pair: pair[1].expert or 0):
+            self._keys.setdefault(key.parameter, []).append(text)
 
     @property
     def step(self) -> int:
@@ -39,8 +39,7 @@ class SavedModel:
     @classmethod
     def open(cls, run_folder: Path, step: int | None = None) -> "SavedModel":
         """The checkpoint of `step` in a run's folder; None: the newest. Raises `CheckpointError`."""
-        if step is None or not (folders.step_folder(run_folder, step) / folders.MANIFEST).is_file():
-            step = _newest(run_folder, step)
+        step = chosen(run_folder, step)
         folder = folders.step_folder(run_folder, step)
         manifest = folders.read_manifest(folder)
         folders.verify(folder, manifest)
@@ -64,28 +63,24 @@ class SavedModel:
                     (tensor if piece.shape == tensor.shape else tensor[index]).copy_(piece)
 
     def _read(self, key: str) -> Tensor:
-        name = self.manifest.tensors[key]
+        name = self.manifest.tensors[key].file
         if name not in self._files:
             self._files[name] = TensorFile(self.folder / name)
         return self._files[name].read(key)
 
 
-def _newest(run_folder: Path, wanted: int | None) -> int:
+def chosen(run_folder: Path, step: int | None) -> int:
+    """`step`, if there is a checkpoint of it; None: the newest's. Raises `CheckpointError` naming those there are."""
+    if step is not None and (folders.step_folder(run_folder, step) / folders.MANIFEST).is_file():
+        return step
     found = folders.steps(run_folder)
     if not found:
         raise CheckpointError(
             f"{run_folder} holds no checkpoint: it must be the folder of a run that has saved one. "
             f"Give such a folder, or train first."
         )
-    if wanted is not None:
+    if step is not None:
         raise CheckpointError(
-            f"{run_folder} has no checkpoint of step {wanted}. It has {', '.join(map(str, found))}: use one of them."
+            f"{run_folder} has no checkpoint of step {step}. It has {', '.join(map(str, found))}: use one of them."
         )
     return found[-1]
-
-
-def _split(key: str) -> tuple[str, int]:
-    """(parameter, expert) of a weight's key; expert -1 for a parameter that is whole."""
-    match = re.fullmatch(r"weight/(.*?)(?:\[(\d+)\])?", key)
-    assert match is not None
-    return match[1], int(match[2]) if match[2] else -1

@@ -26,7 +26,9 @@ def key(state: str, name: str, expert: int | None = None) -> str:
 
 
 def collect(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part of the state: (key, float32 CPU tensor). Collective: every rank runs through all of it.
+    """This rank's part of the state: (key, tensor), float32 and on the engine's device, true until the next step.
+
+    Collective: every rank runs through all of it.
 
     Replicated parameters are dealt out over all ranks; of the ranks that hold the same experts the first has
     them; buffers (selection biases) are equal everywhere and the first rank's. Together the parts are the whole
@@ -39,12 +41,12 @@ def collect(engine: Engine) -> Iterator[tuple[str, Tensor]]:
             if is_expert(parameter):
                 if ranks.expert_data_rank == 0:
                     for expert, tensor in zip(_local_experts(engine), whole, strict=True):
-                        yield key(state, name, expert), tensor.cpu().clone()
+                        yield key(state, name, expert), tensor
             elif ranks.rank == turn % ranks.world_size:
-                yield key(state, name), whole.cpu().clone()
+                yield key(state, name), whole
     if ranks.speaks:
         for name, buffer in engine.model.named_buffers():
-            yield key(WEIGHT, name), buffer.detach().cpu().clone()
+            yield key(WEIGHT, name), buffer.detach()
 
 
 def needed(engine: Engine) -> Iterator[tuple[nn.Parameter, str, list[str]]]:
@@ -91,7 +93,7 @@ def _read(engine: Engine, parameter: nn.Parameter, state: str) -> Tensor:
     # On the ranks' device, where their collectives run, also if it is kept in host memory.
     whole = torch.zeros(home.numel, dtype=kept.dtype, device=engine.ranks.device)
     whole[home.inside] = kept[home.here].to(whole.device)
-    dist.all_reduce(whole, group=home.ranks)
+    dist.all_reduce(whole.view(torch.int32), group=home.ranks)  # as floats -0.0 + 0.0 would lose its sign
     return whole.view(home.shape)
 
 

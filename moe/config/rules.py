@@ -20,6 +20,7 @@ def check(run: RunConfig) -> None:
             *_recomputation(run),
             *_parallel(run),
             *_balance(run),
+            *_checkpoint(run),
         ]
     )
 
@@ -281,3 +282,24 @@ def _equal_loads(balance: BalanceConfig, chosen: str) -> list[str]:
         for key, none in off.items()
         if getattr(balance, key)
     ]
+
+
+def _checkpoint(run: RunConfig) -> list[str]:
+    every, keep, milestone = (
+        run.checkpoint.every_steps,
+        run.checkpoint.keep,
+        run.checkpoint.keep_every,
+    )
+    if milestone is None:
+        return []
+    if keep is None:
+        return [
+            f"checkpoint.keep_every is {milestone}, but checkpoint.keep is null: all are kept, so it has no effect. "
+            f"Set checkpoint.keep, or remove checkpoint.keep_every."
+        ]
+    if every is None or milestone % every:
+        return [
+            f"checkpoint.keep_every is {milestone}, but checkpoint.every_steps is {every}: milestones must be steps "
+            f"that are saved. Use a multiple of checkpoint.every_steps, and set that."
+        ]
+    return []

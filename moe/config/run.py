@@ -121,6 +121,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; null: only at the end and when stopped."""
     keep: Size | None = None
     """Newest checkpoints to keep; null: all."""
+    keep_every: Size | None = None
+    """Keep those of every such number of steps for good, beside the newest; with keep only."""
+    asynchronous: bool = True
+    """Go on training from a copy's being taken, while a thread writes it; false: wait until it is written."""
 
 
 class LoggingConfig(Section):

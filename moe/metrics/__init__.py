@@ -28,9 +28,11 @@ and, of a model with sparse layers, over the global batch of that step and its u
 | ... `log_sum_exp_max` | largest log of a token's summed exponentiated logits |
 | ... `bias_min`, `bias_max` | range of the selection biases that routed the step; with them only |
 
-One of an evaluation has `step`, `validation_loss` (nats per token) and `bits_per_byte`. TensorBoard gets every
-number, those of a layer as `NAME/layer_0`, `NAME/layer_1`, and so on. `moe.sparse.health` and `moe.sparse.balance`
-hold the definitions and their sources.
+One of an evaluation has `step`, `validation_loss` (nats per token) and `bits_per_byte`. One of a checkpoint has
+`step`, `checkpoint_bytes`, `checkpoint_held_seconds` (for which training stood still) and `checkpoint_write_seconds`
+(in which it was hashed, written and synced); it comes when the save is complete, which may be after later steps.
+TensorBoard gets every number, those of a layer as `NAME/layer_0`, `NAME/layer_1`, and so on. `moe.sparse.health` and
+`moe.sparse.balance` hold the definitions and their sources.
 """
 
 from moe.metrics.meter import Meter

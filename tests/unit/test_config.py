@@ -99,6 +99,14 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["train.schedule.kind=constant", "train.schedule.final_fraction=0.5"],
         ["final_fraction is set", "never decays", "Remove it"],
     ),
+    "milestones where all are kept": (
+        ["checkpoint.keep_every=4", "checkpoint.every_steps=2"],
+        ["keep_every is 4", "keep is null", "no effect", "Set checkpoint.keep"],
+    ),
+    "milestones that are not saved": (
+        ["checkpoint.keep_every=3", "checkpoint.every_steps=2", "checkpoint.keep=1"],
+        ["keep_every is 3", "every_steps is 2", "Use a multiple"],
+    ),
     "overlapping schedule": (
         ["train.schedule.kind=wsd", "train.schedule.decay_steps=6", "train.schedule.warmup_steps=4"],
         ["warmup_steps 4 + decay_steps 6", "train.steps 8", "Shorten"],
