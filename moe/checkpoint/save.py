@@ -3,7 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TypeVar, cast
 
@@ -13,12 +13,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moe.checkpoint import folder as folders
+from moe.checkpoint import guarded
 from moe.checkpoint import state as states
 from moe.checkpoint.folder import File, Manifest
 from moe.config import RunConfig
 from moe.dist import Ranks
 from moe.engine.engine import Engine
 from moe.errors import CheckpointError
+from moe.guard import Guard
 from moe.recipe import dump
 from moe.sparse.health import steps_since_use
 
@@ -30,20 +32,33 @@ class TrainState:
     """How far a run is; with the weights and moments all that the next step depends on."""
 
     step: int = 0
-    """Optimizer steps taken; fixes the learning rate too."""
+    """Optimizer steps taken or skipped; fixes the learning rate and the position in the data too."""
     tokens: int = 0
-    """Tokens trained on, masked ones included."""
+    """Tokens trained on, masked ones included, those of skipped steps not."""
     steps_since_use_LE: Tensor | None = field(default=None, compare=False)
     """int64: steps that each expert of each sparse layer has gone without a token; None: none taken, or dense.
     For the records alone.
     """
 
-    def after(self, num_tokens: int, tokens_per_expert: Tensor | None = None) -> "TrainState":
+    guard: Guard = field(default_factory=Guard)
+
+    @property
+    def updates(self) -> int:
+        """How often the optimizer changed the weights."""
+        return self.step - self.guard.skipped
+
+    def after(
+        self, num_tokens: int, tokens_per_expert: Tensor | None = None, guard: Guard | None = None
+    ) -> "TrainState":
         """One step of `num_tokens` further; `tokens_per_expert`: int64 [L, E], of the global batch."""
         unused = self.steps_since_use_LE
         if tokens_per_expert is not None:
             unused = steps_since_use(unused, tokens_per_expert)
-        return TrainState(self.step + 1, self.tokens + num_tokens, unused)
+        return TrainState(self.step + 1, self.tokens + num_tokens, unused, guard or self.guard)
+
+    def passed_over(self, guard: Guard) -> "TrainState":
+        """One skipped step further."""
+        return replace(self, step=self.step + 1, guard=guard)
 
 
 def save(engine: Engine, state: TrainState, data_fingerprint: str) -> Path:
@@ -57,9 +72,13 @@ def save(engine: Engine, state: TrainState, data_fingerprint: str) -> Path:
     if ranks.gather(target.exists())[0]:
         return target  # a run that went on from an older checkpoint comes by again: the same state
     torn = target.with_name(f".torn-{target.name}")
+    if not state.updates:
+        states.prepare(engine, 0)  # every step was skipped, so the optimizer has made no moments yet
     tensors = dict(states.collect(engine))
-    if ranks.speaks and state.steps_since_use_LE is not None:
-        tensors[states.STEPS_SINCE_USE] = state.steps_since_use_LE.cpu()
+    if ranks.speaks:
+        tensors |= guarded.tensors(state.guard)
+        if state.steps_since_use_LE is not None:
+            tensors[states.STEPS_SINCE_USE] = state.steps_since_use_LE.cpu()
     _together(ranks, torn, lambda: _begin(torn) if ranks.speaks else None)
     parts = _together(ranks, torn, lambda: _write_part(ranks.rank, tensors, torn))
     fixed = (state, data_fingerprint, ranks.world_size)
@@ -151,13 +170,16 @@ def _finish(
     _sync(torn)
     torn.rename(target)
     _sync(target.parent)
-    _prune(run)
+    _prune(run, state)
 
 
-def _prune(run: RunConfig) -> None:
+def _prune(run: RunConfig, state: TrainState) -> None:
     if run.checkpoint.keep is not None:
+        rolls_back = run.train.guard.then == "roll_back"
+        needed = guarded.last_good(run.folder, state.step) if rolls_back else None
         for step in folders.steps(run.folder)[: -run.checkpoint.keep]:
-            shutil.rmtree(folders.step_folder(run.folder, step))
+            if step != needed:
+                shutil.rmtree(folders.step_folder(run.folder, step))
 
 
 def _sync(path: Path) -> None:
