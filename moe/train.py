@@ -71,6 +71,7 @@ def main(recipe: str | Path, overrides: Sequence[str] = ()) -> int:
 
 def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) -> int:
     """The loop. Collective."""
+    from moe.advance import advance
     from moe.checkpoint.resume import restore
     from moe.checkpoint.save import Saver
     from moe.data.loader import train_batches
@@ -103,9 +104,9 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
         if state.step == 0:
             _evaluate(run, data, engine, tracker, state, meter)
         while state.step < run.train.steps and not ranks.any(stop.received or saver.poll()):
-            result = engine.step(_next(batches), state.step, observe=meter.due(state.step + 1))
-            state = state.after(result.num_tokens, result.tokens_per_expert)
-            meter.step(result, step=state.step, tokens=state.tokens, unused=state.steps_since_use_LE)
+            observe = meter.due(state.step + 1)
+            result = engine.step(_next(batches), state.step, observe=observe, guard=state.guard)
+            state = advance(engine, state, result, meter)
             _evaluate(run, data, engine, tracker, state, meter)
             if run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0:
                 with meter.stopped():

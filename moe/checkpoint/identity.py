@@ -17,13 +17,15 @@ LAYOUT = (
     "train.micro_batch_size",
     "train.activation_recomputation",
     "train.evaluate_every",
+    "train.guard",
     "parallel",
     "checkpoint",
     "logging",
     "deepspeed",
 )
-"""What may differ between a run and its continuation: how it is computed, not what. A micro-batch's size is part
-of what is trained where a capacity, a loss or the experts' own choice counts within it."""
+"""What may differ between a run and its continuation: how it is computed, not what, and what it is guarded against,
+so that a run that stopped for a bad step may go on without it. A micro-batch's size is part of what is trained where a
+capacity, a loss or the experts' own choice counts within it."""
 
 
 def check(run: RunConfig, data_fingerprint: str) -> Manifest | None:

@@ -3,6 +3,7 @@
 from moe import log
 from moe.checkpoint import state as states
 from moe.checkpoint.folder import Layout, Manifest
+from moe.checkpoint.keys import Key
 from moe.checkpoint.tensors import hash_of
 from moe.engine.engine import Engine
 from moe.errors import CheckpointError
@@ -14,7 +15,8 @@ def prove(engine: Engine, manifest: Manifest) -> None:
     Raises `CheckpointError` on all ranks, naming the first tensor that differs or that no rank holds.
     """
     ranks, here = engine.ranks, Layout.of(engine.run, engine.ranks.world_size)
-    said = {key: saved.xxh3 for key, saved in manifest.tensors.items() if key != states.STEPS_SINCE_USE}
+    # What belongs to no parameter, no layout changes.
+    said = {key: saved.xxh3 for key, saved in manifest.tensors.items() if Key.parse(key).parameter}
     if manifest.layout == here:
         return ranks.barrier()
     if None in said.values():

@@ -6,6 +6,7 @@ import torch
 from safetensors.torch import load_file
 
 from moe.checkpoint import folder as folders
+from moe.checkpoint import guarded
 from moe.checkpoint import state as states
 from moe.checkpoint.folder import Manifest
 from moe.checkpoint.identity import check
@@ -28,9 +29,15 @@ def restore(engine: Engine, data_fingerprint: str) -> TrainState:
     manifest = check(engine.run, data_fingerprint)
     if manifest is None:
         return TrainState()
+    return load(engine, manifest)
+
+
+def load(engine: Engine, manifest: Manifest) -> TrainState:
+    """The checkpoint of that manifest -> the engine. Collective; raises `CheckpointError` as `restore` does."""
     folder = folders.step_folder(engine.run.folder, manifest.step)
     _verify_together(engine.ranks, folder, manifest)
-    states.prepare(engine, manifest.step)
+    guard = guarded.read(folder, manifest)
+    states.prepare(engine, manifest.step - guard.skipped)
     with Reader(folder, manifest) as tensors:
         for parameter, state, keys in states.needed(engine):
             parts = [tensors.get(key) for key in keys]
@@ -49,7 +56,7 @@ def restore(engine: Engine, data_fingerprint: str) -> TrainState:
             unused = tensors.get(states.STEPS_SINCE_USE).to(engine.ranks.device)
     _restore_rng(engine.ranks, folder, manifest)
     prove(engine, manifest)
-    return TrainState(manifest.step, manifest.tokens, unused)
+    return TrainState(manifest.step, manifest.tokens, unused, guard)
 
 
 def _verify_together(ranks: Ranks, folder: Path, manifest: Manifest) -> None:

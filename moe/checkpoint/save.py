@@ -4,7 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,12 +12,13 @@ from torch import Tensor
 
 from moe import log
 from moe.checkpoint import folder as folders
-from moe.checkpoint import space
+from moe.checkpoint import guarded, space
 from moe.checkpoint import state as states
 from moe.checkpoint.folder import Manifest
 from moe.checkpoint.write import Snapshot, write
 from moe.dist import beside
 from moe.engine.engine import Engine
+from moe.guard import Guard
 from moe.metrics import Tracker
 from moe.sparse.health import steps_since_use
 
@@ -27,20 +28,33 @@ class TrainState:
     """How far a run is; with the weights and moments all that the next step depends on."""
 
     step: int = 0
-    """Optimizer steps taken; fixes the learning rate too."""
+    """Optimizer steps taken or skipped; fixes the learning rate and the position in the data too."""
     tokens: int = 0
-    """Tokens trained on, masked ones included."""
+    """Tokens trained on, masked ones included, those of skipped steps not."""
     steps_since_use_LE: Tensor | None = field(default=None, compare=False)
     """int64: steps that each expert of each sparse layer has gone without a token; None: none taken, or dense.
     For the records alone.
     """
 
-    def after(self, num_tokens: int, tokens_per_expert: Tensor | None = None) -> "TrainState":
+    guard: Guard = field(default_factory=Guard)
+
+    @property
+    def updates(self) -> int:
+        """How often the optimizer changed the weights."""
+        return self.step - self.guard.skipped
+
+    def after(
+        self, num_tokens: int, tokens_per_expert: Tensor | None = None, guard: Guard | None = None
+    ) -> "TrainState":
         """One step of `num_tokens` further; `tokens_per_expert`: int64 [L, E], of the global batch."""
         unused = self.steps_since_use_LE
         if tokens_per_expert is not None:
             unused = steps_since_use(unused, tokens_per_expert)
-        return TrainState(self.step + 1, self.tokens + num_tokens, unused)
+        return TrainState(self.step + 1, self.tokens + num_tokens, unused, guard or self.guard)
+
+    def passed_over(self, guard: Guard) -> "TrainState":
+        """One skipped step further."""
+        return replace(self, step=self.step + 1, guard=guard)
 
 
 def save(engine: Engine, state: TrainState, data_fingerprint: str) -> Path:
@@ -186,11 +200,15 @@ class _Job:
 
 def _snapshot(engine: Engine, state: TrainState, data_fingerprint: str, copies: HostCopies) -> Snapshot:
     """This rank's part, copied. Collective."""
+    if not state.updates:
+        states.prepare(engine, 0)  # every step was skipped, so the optimizer has made no moments yet
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         yield from states.collect(engine)
-        if engine.ranks.speaks and state.steps_since_use_LE is not None:
-            yield states.STEPS_SINCE_USE, state.steps_since_use_LE
+        if engine.ranks.speaks:
+            yield from guarded.tensors(state.guard).items()
+            if state.steps_since_use_LE is not None:
+                yield states.STEPS_SINCE_USE, state.steps_since_use_LE
 
     rng = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():

@@ -10,7 +10,7 @@ from typing import TypeVar, cast
 from torch import Tensor
 
 from moe.checkpoint import folder as folders
-from moe.checkpoint import retention, tensors
+from moe.checkpoint import guarded, retention, tensors
 from moe.checkpoint.folder import File, Layout, Manifest, Saved
 from moe.config import RunConfig
 from moe.dist import Ranks
@@ -124,7 +124,9 @@ def _finish(run: RunConfig, manifest: Manifest, torn: Path) -> None:
     sync(torn.parent)
     keep, every = run.checkpoint.keep, run.checkpoint.keep_every
     if keep is not None:
-        retention.remove(run.folder, retention.surplus(folders.steps(run.folder), keep, every))
+        good = guarded.last_good(run.folder, manifest.step) if run.train.guard.then == "roll_back" else None
+        surplus = retention.surplus(folders.steps(run.folder), keep, every)
+        retention.remove(run.folder, [step for step in surplus if step != good])
 
 
 def _together(ranks: Ranks, folder: Path, work: Callable[[], T]) -> list[T]:

@@ -4,6 +4,7 @@ import math
 from typing import Protocol
 
 from moe.config.base import refuse
+from moe.config.guard import guard_faults
 from moe.config.run import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from moe.config.shape import choice, divisors, shape_faults
 
@@ -16,6 +17,9 @@ def check(run: RunConfig) -> None:
             *_sequence(run),
             *_optimizer(run),
             *_schedule(run),
+            *guard_faults(
+                run.train.guard, steps=run.train.steps, checkpoint_every=run.checkpoint.every_steps
+            ),
             *_batch(run),
             *_recomputation(run),
             *_parallel(run),

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from moe.config.base import Count, PathText, Section, Size
+from moe.config.guard import GuardConfig
 from moe.config.model import Fraction, ModelConfig, Precision
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -77,6 +78,7 @@ class TrainConfig(Section):
     """Steps between evaluations on the validation split; null: none during training."""
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
+    guard: GuardConfig = GuardConfig()
 
 
 class ParallelConfig(Section):

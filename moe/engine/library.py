@@ -24,6 +24,8 @@ warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # It warns of every optimizer that is not on its list, so of our Muon; layouts are held to one process in tests/dist.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
+# Of a gradient that is not finite we say ourselves what becomes of it, and where.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "OVERFLOW! Skipping" not in record.getMessage())
 
 
 def _chosen_wrapper(

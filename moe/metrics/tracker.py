@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from moe import log
 from moe.config import RunConfig
-from moe.errors import ConfigError
+from moe.errors import ConfigError, TrainingError
 
 Record = Mapping[str, Any]
 LARGEST_DIFFERENCE = 1e-4
@@ -51,12 +51,16 @@ class Tracker:
         board = _tensorboard(run) if run.logging.tensorboard else None
         console = Console(stderr=True)
         if not console.is_terminal:
-            yield cls(run, step, None, board, before)
+            with _on_record(cls(run, step, None, board, before)) as tracker:
+                yield tracker
         else:
             # 80 columns hold all of it.
             columns = (MofNCompleteColumn(), BarColumn(bar_width=8), TimeRemainingColumn())
-            with Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as progress:
-                yield cls(run, step, progress, board, before)
+            with (
+                Progress(*columns, TextColumn("{task.fields[status]}"), console=console) as progress,
+                _on_record(cls(run, step, progress, board, before)) as tracker,
+            ):
+                yield tracker
         if board is not None:
             board.finish()
 
@@ -94,11 +98,49 @@ class Tracker:
             record["checkpoint_write_seconds"],
         )
 
+    def skipped(self, record: Record) -> None:
+        """A record of a step that changed nothing."""
+        self._append(record)
+        log.get().warning(
+            "step %d is skipped: %s; %d in a row, %d in all",
+            record["step"],
+            record["skipped"],
+            record["skipped_in_a_row"],
+            record["skipped_steps"],
+        )
+
+    def rolled_back(self, record: Record) -> None:
+        """A record of a roll-back. Records of what it undid are dropped; of skipped steps they stay."""
+        _drop_after(self._path, record["rolled_back_to"], but="skipped")
+        self._append(record)
+        log.get().warning(
+            "step %d: rolled back to checkpoint step_%d (roll-back %d); on with the batches of step %d, %d steps "
+            "skipped in all",
+            record["step"],
+            record["rolled_back_to"],
+            record["roll_backs"],
+            record["step"] + 1,
+            record["skipped_steps"],
+        )
+
+    def stopped(self, error: TrainingError) -> None:
+        """A record of the error that ends the training."""
+        self._append({"step": error.step, "stopped": str(error)})
+
     def _append(self, record: Record) -> None:
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._board is not None:
             self._board.log(_scalars(record), step=record["step"])
+
+
+@contextmanager
+def _on_record(tracker: Tracker) -> Iterator[Tracker]:
+    try:
+        yield tracker
+    except TrainingError as error:
+        tracker.stopped(error)
+        raise
 
 
 def _scalars(record: Record) -> dict[str, float]:
@@ -151,8 +193,11 @@ def _duration(seconds: float) -> str:
     return f"{hours:d}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes:d}:{seconds:02d}"
 
 
-def _drop_after(path: Path, step: int) -> Record | None:
-    """Drop the records of steps after `step`; returns that of the training step that comes next, if there was one."""
+def _drop_after(path: Path, step: int, but: str | None = None) -> Record | None:
+    """Drop records of later steps, but those that have the key `but`.
+
+    Returns that of the training step that comes next, if there was one.
+    """
     if not path.is_file():
         return None
     if step == 0:
@@ -166,7 +211,7 @@ def _drop_after(path: Path, step: int) -> Record | None:
             continue  # cut by a kill
         if not isinstance(record, dict) or not isinstance(record.get("step"), int):
             continue
-        if record["step"] <= step:
+        if record["step"] <= step or but in record:
             kept.append(line + "\n")
         elif record["step"] == step + 1 and isinstance(record.get("loss"), float):
             before = record

@@ -241,6 +241,39 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["balance.bias_update=proportional"],
         ["bias_update is proportional", "no effect", "give the bias a rate"],
     ),
+    "a limit of what never happens": (
+        ["train.guard.max_in_a_row=3"],
+        ["train.guard.max_in_a_row is 3", "no step is ever skipped", "no effect", "non_finite=skip"],
+    ),
+    "rolled back for nothing": (
+        ["train.guard.then=roll_back", "checkpoint.every_steps=2"],
+        ["train.guard.then is roll_back", "no step is ever skipped", "no effect"],
+    ),
+    "an interval without spikes": (
+        ["train.guard.rolling_interval_length=4"],
+        ["rolling_interval_length is 4", "sigma_factor is null", "no effect", "Remove it"],
+    ),
+    "spikes beyond the end": (
+        ["train.guard.sigma_factor=6"],
+        [
+            "sigma_factor is 6.0",
+            "after 64 steps",
+            "train.steps is 8",
+            "Use a smaller rolling_interval_length",
+        ],
+    ),
+    "roll-backs of a run that stops": (
+        ["train.guard.non_finite=skip", "train.guard.max_roll_backs=1"],
+        ["max_roll_backs is 1", "then is stop", "no effect", "then=roll_back"],
+    ),
+    "nothing to roll back to": (
+        ["train.guard.non_finite=skip", "train.guard.then=roll_back"],
+        ["then is roll_back", "checkpoint.every_steps is null", "Set checkpoint.every_steps"],
+    ),
+    "an interval of one": (
+        ["train.guard.sigma_factor=6", "train.guard.rolling_interval_length=1"],
+        ["rolling_interval_length is 1", "greater than or equal to 2"],
+    ),
 }
 
 
