@@ -13,6 +13,7 @@ import click
 
 from moe import dist, log
 from moe.checkpoint import identity
+from moe.checkpoint.certificate import CERTIFICATE
 from moe.checkpoint.lock import held
 from moe.config import RunConfig, cautions, check_data, check_world
 from moe.data.shards import TokenData
@@ -44,7 +45,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
     if run.folder.exists() and not run.folder.is_dir():
         raise ConfigError(f"run_dir is {run.folder}, but that is a file. Choose another run_dir.")
     there = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
-    strangers = bool(there - {".lock"}) and "recipe.yaml" not in there
+    strangers = bool(there - {".lock", CERTIFICATE}) and "recipe.yaml" not in there
     if strangers:
         raise ConfigError(
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "

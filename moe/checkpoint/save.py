@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
+from moe.checkpoint import certificate
 from moe.checkpoint import folder as folders
 from moe.checkpoint import state as states
 from moe.checkpoint.folder import File, Manifest
@@ -138,6 +139,7 @@ def _finish(
     _sync(recipe)
     files = {name: file for part in parts for name, file in part.files.items()}
     files[recipe.name] = File(recipe.stat().st_size, folders.hash_file(recipe))
+    files |= certificate.add(run, torn)
     manifest = Manifest(
         step=state.step,
         next_sample=state.step * run.train.global_batch_size,
