@@ -36,8 +36,15 @@ BOUNDS: dict[Precision, Bounds] = {
 }
 
 
-def compare(seen: Seen, reference: Seen, run: RunConfig) -> list[Deviation]:
-    """Every quantity of every step; `run`: the small recipe in the layout of `seen`. Causes come before effects."""
+Pieces = Mapping[str, Mapping[str, Tensor]]
+"""Term of the loss -> its part of the first step's gradients, before the clip."""
+
+
+def compare(seen: Seen, reference: Seen, run: RunConfig, pieces: Pieces | None = None) -> list[Deviation]:
+    """Every quantity of every step; `run`: the small recipe in the layout of `seen`. Causes come before effects.
+
+    `pieces` help to say where a wrong gradient comes from.
+    """
     bounds = BOUNDS[run.train.precision]
     found = list(_beginning(seen, reference)) if seen.first == 0 else []
     for index, step in enumerate(seen.steps):
@@ -47,9 +54,22 @@ def compare(seen: Seen, reference: Seen, run: RunConfig) -> list[Deviation]:
         found += laws(step, before, run, number)
         found += _counts(step, beside, bounds, number)
         found += _losses(step, beside, run, bounds, number)
-        found += _gradients(_Two(step, before), _Two(beside, before_beside), run, bounds, number)
+        known = pieces if number == 0 and pieces else {}
+        found += _gradients(_Two(step, before), _Two(beside, before_beside), run, bounds, number, known)
         found += _moves(step.state, beside.state, before_beside, bounds, number)
     return found
+
+
+def piece(seen: Seen, without: Seen, run: RunConfig) -> dict[str, Tensor]:
+    """What a term adds to the first step's gradients; `without`: the same training without the term."""
+    whole, rest = (
+        {
+            key: gradient / clip_factor(run.train.optimizer.gradient_clipping, each.steps[0].gradient_norm)
+            for key, gradient in gradients(each.steps[0].state, each.before, run.train.optimizer).items()
+        }
+        for each in (seen, without)
+    )
+    return {key: whole[key] - rest[key] for key in whole}
 
 
 def equal_states(check: str, state: State, other: State, step: int) -> list[Deviation]:
@@ -160,52 +180,56 @@ def _times(ours: float, theirs: float) -> str:
     return f"{ours:.6g} for {theirs:.6g}" + (f", {ours / theirs:.3g} times" if theirs else "")
 
 
-def _gradients(ours: _Two, theirs: _Two, run: RunConfig, bounds: Bounds, number: int) -> Iterator[Deviation]:
-    """By family, then the norm and the clip.
+def _gradients(
+    ours: _Two, theirs: _Two, run: RunConfig, bounds: Bounds, number: int, pieces: Pieces
+) -> list[Deviation]:
+    """The norm and the clip, then each family, the worst first.
 
     What the optimizer got is the gradient times the clip factor. The factor is what all families have in common;
     what they have not is the gradient's own fault.
     """
     clip = run.train.optimizer.gradient_clipping
-    got, expected = ours.gradients(run), theirs.gradients(run)
+    got = ours.gradients(run)
     factor_beside = clip_factor(clip, theirs.step.gradient_norm)
+    expected = {key: gradient / factor_beside for key, gradient in theirs.gradients(run).items()}
     families: dict[str, list[str]] = {}
     for key in expected:
         families.setdefault(family(key), []).append(key)
-    scales = {
-        name: scale
-        for name, keys in families.items()
-        if (scale := _scale(got, expected, keys) * factor_beside) and math.isfinite(scale)
-    }
-    factor = _median(list(scales.values())) if scales else 1.0
-    for name, keys in families.items():
-        size = _norm(expected[key] for key in keys) / factor_beside
-        by_key = {
-            key: _ratio(
-                float((got[key] / factor - expected[key] / factor_beside).norm()) if key in got else math.inf,
-                size,
-            )
-            for key in keys
-        }
-        far = math.hypot(*by_key.values()) if all(map(math.isfinite, by_key.values())) else math.inf
-        scale = scales.get(name, 0.0) / factor
-        first = next((k for k in keys if not by_key[k] <= 0.1 * max(by_key.values())), keys[0])
-        yield Deviation(
-            f"gradient of {name}",
-            far,
-            bounds.gradient,
-            number,
-            first if not far <= bounds.gradient else "",
-            f"{scale:.4g} times",
-        )
+    scales = {name: _scale(got, expected, keys) for name, keys in families.items()}
+    factor = _median([scale for scale in scales.values() if scale and math.isfinite(scale)] or [1.0])
     norm = _norm(got.values()) / factor
-    said = f"{ours.step.gradient_norm:.6g} reported, {norm:.6g} by the gradients"
-    yield Deviation(
-        "gradient norm", _relative(ours.step.gradient_norm, norm), bounds.gradient, number, "", said
-    )
     right = clip_factor(clip, norm)
+    reported = ours.step.gradient_norm
+    said = f"{reported:.6g} reported, {norm:.6g} by the gradients"
+    found = [Deviation("gradient norm", _relative(reported, norm), bounds.gradient, number, "", said)]
     said = f"{factor:.6g} for {right:.6g}, {factor / right:.4g} times"
-    yield Deviation("clip factor", _relative(factor, right), bounds.gradient, number, "", said)
+    found.append(Deviation("clip factor", _relative(factor, right), bounds.gradient, number, "", said))
+    off = {key: got[key] / factor - expected[key] for key in expected if key in got}
+    source = _source(off, pieces)
+    by_family = []
+    for name, keys in families.items():
+        size = _norm(expected[key] for key in keys)
+        by_key = {key: _ratio(_norm([off[key]]) if key in off else math.inf, size) for key in keys}
+        far = math.hypot(*by_key.values())
+        right_size = far <= bounds.gradient
+        first = next((key for key in keys if not by_key[key] <= 0.1 * max(by_key.values())), keys[0])
+        said = f"{scales[name] / factor:.4g} times" + ("" if right_size else source)
+        tensor = "" if right_size else first
+        by_family.append(Deviation(f"gradient of {name}", far, bounds.gradient, number, tensor, said))
+    return found + sorted(by_family, key=lambda deviation: -deviation.deviation)
+
+
+def _source(off: Mapping[str, Tensor], pieces: Pieces) -> str:
+    """The term of the loss whose gradient, counted otherwise than once, explains what is off."""
+    for term, piece_ in pieces.items():
+        squares = sum(float(gradient.square().sum()) for gradient in piece_.values())
+        if not squares or off.keys() != piece_.keys():
+            continue
+        more = sum(float((off[key] * piece_[key]).sum()) for key in piece_) / squares
+        rest = _norm(off[key] - more * piece_[key] for key in piece_)
+        if rest < 0.1 * _norm(off.values()):
+            return f", as if the {term} counted {1 + more:.3g} times"
+    return ""
 
 
 def clip_factor(clip: float, norm: float) -> float:

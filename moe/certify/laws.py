@@ -17,6 +17,14 @@ from moe.config import RunConfig
 def laws(step: Step, before: State, run: RunConfig, number: int) -> Iterator[Deviation]:
     """`before`: the state before the step, the run's number `number`."""
     yield _finite(step, number)
+    yield Deviation(
+        "copies on all ranks", math.inf if step.unequal else 0.0, 0.0, number, step.unequal, "ranks differ"
+    )
+    lowest, highest = min(step.gradient_norms), max(step.gradient_norms)
+    said = f"ranks clip by norms of their own, {lowest:.6g} to {highest:.6g}"
+    yield Deviation(
+        "clip factor, over ranks", (highest - lowest) / max(highest, 1e-30), 1e-6, number, "", said
+    )
     if step.tokens_per_expert is not None:
         yield _counted(step, run, number)
         yield _idle_experts(step, before, run, number)

@@ -4,6 +4,8 @@ Gradients are not looked at: what the optimizer remembers of them is, weight by 
 is what every ZeRO stage has whole, and what training goes on from.
 """
 
+import hashlib
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -16,6 +18,7 @@ from moe.config import RunConfig
 from moe.data.loader import Batch
 from moe.dist import Ranks
 from moe.engine.engine import Engine, StepResult
+from moe.engine.groups import is_expert
 from moe.model import Transformer, initialize
 from moe.seed import stream
 from moe.sparse import Capacity, ExpertLayout
@@ -35,7 +38,7 @@ def observe(job: Job, ranks: Ranks) -> Seen:
     steps = []
     for number in range(job.first, job.last):
         result = engine.step(batches(job.run, ranks, number, job.padding), number)
-        steps.append(_step(job.run, result, number, _state(engine)))
+        steps.append(_step(engine, result, number))
         if job.save_at == number + 1:
             save(engine, TrainState(number + 1), FINGERPRINT)
     engine.wrapped.destroy()
@@ -112,19 +115,41 @@ def mask_of(run: RunConfig, step: int) -> Tensor:
     return mask
 
 
-def _step(run: RunConfig, result: StepResult, number: int, state: State) -> Step:
-    counts = result.tokens_per_expert
+def _step(engine: Engine, result: StepResult, number: int) -> Step:
+    counts, norms = result.tokens_per_expert, engine.ranks.gather(float(result.gradient_norm))
     return Step(
         total=float(result.total),
         cross_entropy=float(result.cross_entropy),
         load_balancing=float(result.load_balancing),
         router_z=float(result.router_z),
-        gradient_norm=float(result.gradient_norm),
+        gradient_norm=norms[0],
+        gradient_norms=tuple(norms),
+        unequal=_unequal(engine),
         learning_rate=result.learning_rate,
-        num_tokens=int(mask_of(run, number).sum()),
+        num_tokens=int(mask_of(engine.run, number).sum()),
         tokens_per_expert=None if counts is None else counts.cpu(),
-        state=state,
+        state=_state(engine),
     )
+
+
+def _unequal(engine: Engine) -> str:
+    """The first parameter whose copies, on ranks that should hold the same, differ. Collective.
+
+    A stacked parameter's copies lie on ranks of equal position in their expert-parallel groups.
+    """
+    marks = [
+        (name, engine.ranks.expert_rank if is_expert(parameter) else 0, _mark(parameter))
+        for name, parameter in engine.model.named_parameters()
+    ]
+    for copies in zip(*engine.ranks.gather(marks), strict=True):
+        if len(set(copies)) > len({place for _, place, _ in copies}):
+            name: str = copies[0][0]
+            return name
+    return ""
+
+
+def _mark(tensor: Tensor) -> str:
+    return hashlib.sha256(tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 def _state(engine: Engine) -> State:

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from moe.certify import ranks
-from moe.certify.compare import compare, equal_states, state_before
+from moe.certify.compare import Pieces, compare, equal_states, piece, state_before
 from moe.certify.layouts import Choice, Layout, choose, reference, spread
 from moe.certify.parts import Deviation
 from moe.certify.ranks import Fault, Plant
@@ -17,6 +17,15 @@ from moe.errors import TrainingError
 
 SAVED_AT = 2
 """Steps before the stop of those that resume."""
+_TERMS: dict[str, dict[str, float]] = {
+    "load-balancing loss": {
+        "sequence_loss_weight": 0.0,
+        "micro_batch_loss_weight": 0.0,
+        "global_batch_loss_weight": 0.0,
+    },
+    "router z-loss": {"router_z_loss_weight": 0.0},
+}
+"""Term of the loss -> how to train without it."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +120,10 @@ class _Plan:
             jobs.append(Job(name, run, layout, save_at=SAVED_AT if resized else None))
             other = spread(plain, layout, folder / f"{name}-padding")
             jobs.append(Job(f"{name}-padding", other, layout, last=2, padding=1))
+            for index, changes in enumerate(_TERMS.values()):
+                if small.model.moe is not None and any(getattr(small.balance, key) for key in changes):
+                    less = run.model_copy(update={"balance": small.balance.model_copy(update=changes)})
+                    jobs.append(Job(f"{name}-term-{index}", less, layout, last=1))
         for index, layout in enumerate(choice.layouts):
             name, beside = f"layout-{index}", reference(small, layout)
             here = spread(small, layout, folder / name)
@@ -133,6 +146,16 @@ class _Plan:
             yield [job for job in others if job.layout.world == world]
         if to_one:
             yield to_one
+
+
+def _pieces(name: str, plan: _Plan, found: dict[str, Seen | Fault]) -> Pieces:
+    """What each balancing term adds to the gradients of a reference."""
+    pieces = {}
+    for index, term in enumerate(_TERMS):
+        whole, less = found[name], found.get(f"{name}-term-{index}")
+        if isinstance(whole, Seen) and isinstance(less, Seen):
+            pieces[term] = piece(whole, less, plan.small)
+    return pieces
 
 
 def _reference_trial(name: str, plan: _Plan, found: dict[str, Seen | Fault]) -> Trial:
@@ -161,7 +184,7 @@ def _trial(layout: Layout, plan: _Plan, found: dict[str, Seen | Fault]) -> Trial
     if isinstance(seen, Fault):
         return Trial(layout, (_did_not_end(seen),))
     run = spread(plan.small, layout)
-    deviations = compare(seen, one, run)
+    deviations = compare(seen, one, run, _pieces(beside, plan, found))
     if layout.then == "resume":
         deviations += _resumed("resume", found[f"{index}-resume"], seen, one, run, exact=True)
     if layout.then == "resize":

@@ -107,9 +107,11 @@ def _cores() -> int:
 def _wait(
     ranks: Sequence[Any], jobs: Sequence[Job], folder: Path, here: Path, report: Report, job_s: float
 ) -> str | None:
-    left = list(jobs)
-    deadline = time.monotonic() + START_SECONDS + job_s
+    left, begun = list(jobs), False
+    deadline = time.monotonic() + START_SECONDS
     while True:
+        if not begun and (here / "begun").exists():
+            begun, deadline = True, time.monotonic() + job_s
         ended = not any(process.is_alive() for process in ranks)
         failed = any(process.exitcode not in (None, 0) for process in ranks)
         while left and (folder / f"{left[0].name}.pt").exists():
@@ -120,7 +122,9 @@ def _wait(
         if ended:
             return None
         if time.monotonic() > deadline:
-            return f"it did not end within {job_s:.0f} s"
+            return (
+                f"it did not {'end' if begun else 'start'} within {job_s if begun else START_SECONDS:.0f} s"
+            )
         time.sleep(_POLL_SECONDS)
 
 
@@ -166,6 +170,7 @@ def _rank(
             world_size=world_size,
             timeout=datetime.timedelta(seconds=job_s),
         )
+        (here / "begun").touch()
         for job in jobs:
             if plant is not None:
                 plant(job)

@@ -40,6 +40,11 @@ class Step:
     load_balancing: float
     router_z: float
     gradient_norm: float
+    """As the first rank reports it."""
+    gradient_norms: tuple[float, ...]
+    """As each rank reports it."""
+    unequal: str
+    """The first parameter of which ranks hold different copies; empty: none."""
     learning_rate: float
     num_tokens: int
     """Those that count, by the mask alone."""
