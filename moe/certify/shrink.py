@@ -3,7 +3,7 @@
 import math
 from typing import Any
 
-from moe.config import AttentionConfig, ModelConfig, MoEConfig, RunConfig
+from moe.config import ModelConfig, MoEConfig, RunConfig
 from moe.config.shape import shape_faults
 
 STEPS = 5
@@ -107,14 +107,3 @@ def _train(run: RunConfig, world_size: int) -> dict[str, Any]:
         page["schedule"]["decay_steps"] = min(run.train.schedule.decay_steps, 2)
     page["optimizer"]["gradient_clipping"] = min(run.train.optimizer.gradient_clipping, 0.1)
     return page
-
-
-KEPT = {
-    ModelConfig: {"norm_eps", "tie_embeddings"},
-    AttentionConfig: {"qk_norm", "qkv_bias", "rope_theta"},
-    MoEConfig: {
-        *("expert_activation", "expert_bias", "router_score", "router_choice", "normalize_top_k"),
-        *("route_scale", "group_score", "selection_bias", "shared_expert_gate"),
-    },
-}
-"""Settings that a small model has as they are; the others have a rule above."""
