@@ -12,6 +12,7 @@ import click
 
 from moe import dist, log
 from moe.checkpoint import identity, space
+from moe.checkpoint.certificate import CERTIFICATE
 from moe.checkpoint.folder import write_atomically
 from moe.checkpoint.lock import held
 from moe.config import RunConfig, cautions, check_data, check_world
@@ -24,7 +25,6 @@ from moe.stop import StopSignal
 
 if TYPE_CHECKING:
     from moe.checkpoint.save import TrainState
-    from moe.engine.build import build
     from moe.engine.engine import Engine
     from moe.metrics import Meter, Tracker
 
@@ -45,7 +45,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
     if run.folder.exists() and not run.folder.is_dir():
         raise ConfigError(f"run_dir is {run.folder}, but that is a file. Choose another run_dir.")
     there = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
-    strangers = bool(there - {".lock"}) and "recipe.yaml" not in there
+    strangers = bool(there - {".lock", CERTIFICATE}) and "recipe.yaml" not in there
     if strangers:
         raise ConfigError(
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
@@ -75,6 +75,7 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
     from moe.checkpoint.resume import restore
     from moe.checkpoint.save import Saver
     from moe.data.loader import train_batches
+    from moe.engine.build import build
     from moe.engine.engine import Engine
     from moe.metrics import Meter, Tracker
 

@@ -69,12 +69,17 @@ def compare(saved: RunConfig, run: RunConfig) -> None:
         )
 
 
+def counts_by_micro_batch(run: RunConfig) -> bool:
+    """Whether a micro-batch's size is part of what is trained."""
+    balance, moe = run.balance, run.model.moe
+    by_micro_batch = balance.capacity_factor is not None or balance.micro_batch_loss_weight > 0
+    return by_micro_batch or (moe is not None and moe.router_choice != "token")
+
+
 def _differences(saved: RunConfig, now: RunConfig) -> list[str]:
     before, after = _flat(saved.model_dump()), _flat(now.model_dump())
-    balance = now.balance
-    by_micro_batch = balance.capacity_factor is not None or balance.micro_batch_loss_weight > 0
-    by_micro_batch |= now.model.moe is not None and now.model.moe.router_choice != "token"
-    free_keys = [key for key in LAYOUT if not (by_micro_batch and key == "train.micro_batch_size")]
+    fixed = counts_by_micro_batch(now)
+    free_keys = [key for key in LAYOUT if not (fixed and key == "train.micro_batch_size")]
     return [
         f"{key} was {before.get(key)!r} and is {after.get(key)!r}"
         for key in sorted(before.keys() | after.keys())

@@ -9,8 +9,8 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
+from moe.checkpoint import certificate, guarded, retention, tensors
 from moe.checkpoint import folder as folders
-from moe.checkpoint import guarded, retention, tensors
 from moe.checkpoint.folder import File, Layout, Manifest, Saved
 from moe.config import RunConfig
 from moe.dist import Ranks
@@ -100,12 +100,13 @@ def filled(manifest: Manifest, run: RunConfig, parts: list[Part]) -> Manifest:
 
 
 def seal(run: RunConfig, manifest: Manifest, torn: Path) -> None:
-    """Write the recipe and, last, the manifest; then only the name is missing."""
+    """Write the recipe, the run's certificate if it has one and, last, the manifest; then only the name is missing."""
     with (torn / "recipe.yaml").open("wb") as file:
         file.write(dump(run).encode())
         file.flush()
         os.fsync(file.fileno())
-    folders.write_manifest(torn, manifest)
+    files = manifest.files | certificate.add(run, torn)
+    folders.write_manifest(torn, replace(manifest, files=files))
     sync(torn)
 
 
