@@ -89,8 +89,9 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
         sequence_length=run.data.sequence_length,
         global_batch_size=run.train.global_batch_size,
         micro_batch_size=run.train.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=ranks.data_rank,
+        world_size=ranks.data_world_size,
+        positions=ranks.positions(run.data.sequence_length),
         seed=run.seed,
         start_step=state.step,
     )
@@ -140,8 +141,9 @@ def _evaluate(
             data,
             sequence_length=run.data.sequence_length,
             batch_size=run.train.micro_batch_size,
-            rank=engine.ranks.rank,
-            world_size=engine.ranks.world_size,
+            rank=engine.ranks.data_rank,
+            world_size=engine.ranks.data_world_size,
+            positions=engine.ranks.positions(run.data.sequence_length),
         )
         nats, tokens = (float(total) for total in engine.evaluate(batches))
         if tracker is not None:
@@ -201,7 +203,7 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
     from moe.model import count, kept_by_experts
 
     say = log.get().info
-    ep, zero = run.parallel.expert_parallel_size, run.parallel.zero_stage
+    sharing, zero = run.parallel.sequence_parallel_size, run.parallel.zero_stage
     accumulation = check_world(run, ranks.world_size)
     try:
         check_exportable(run.model)
@@ -211,18 +213,18 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
         log.get().warning(caution)
     say("%s: %s", run.name, count(run.model, run.data.sequence_length).sentence())
     if run.model.moe is not None:
-        train = run.train
-        kept = kept_by_experts(run.model, train.precision, train.activation_recomputation)
+        kept = kept_by_experts(run.model, run.train.precision, run.train.activation_recomputation)
         say(
             "routed experts keep %d bytes of activations per token for backward, %.3g GB a micro-batch",
             kept,
-            kept * train.micro_batch_size * run.data.sequence_length / 1e9,
+            kept * run.train.micro_batch_size * run.data.sequence_length / sharing / 1e9,
         )
     say(
-        "%d ranks on %s, EP %d, ZeRO %d, %s, %d sequences of %d tokens a step in %d micro-batches a rank",
+        "%d ranks on %s, EP %d, SP %d, ZeRO %d, %s, %d sequences of %d tokens a step in %d micro-batches a rank",
         ranks.world_size,
         ranks.device.type,
-        ep,
+        run.parallel.expert_parallel_size,
+        sharing,
         zero,
         run.train.precision,
         run.train.global_batch_size,

@@ -5,6 +5,7 @@ from typing import Protocol
 
 from moe.config.base import refuse
 from moe.config.run import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from moe.config.sequence import sequence_faults, sequence_sizes
 from moe.config.shape import choice, divisors, shape_faults
 
 
@@ -19,6 +20,7 @@ def check(run: RunConfig) -> None:
             *_batch(run),
             *_recomputation(run),
             *_parallel(run),
+            *sequence_faults(run),
             *_balance(run),
         ]
     )
@@ -44,13 +46,22 @@ def check_world(run: RunConfig, world_size: int) -> int:
             f"{_ranks(world_size)}: expert-parallel groups must fill them evenly. "
             f"Use {choice(fitting)}, or start a multiple of {ep} ranks."
         )
-    train = run.train
-    per_pass = train.micro_batch_size * world_size
-    if train.global_batch_size % per_pass:
+    train, sharing = run.train, run.parallel.sequence_parallel_size
+    if world_size % sharing:
+        fitting = [size for size in sequence_sizes(run) if world_size % size == 0]
         faults.append(
-            f"train.global_batch_size is {train.global_batch_size}, but {_ranks(world_size)} x "
+            f"parallel.sequence_parallel_size is {sharing}, but there {'is' if world_size == 1 else 'are'} "
+            f"{_ranks(world_size)}: the groups that share sequences must fill them evenly. "
+            f"Use {choice(fitting)}, or start a multiple of {sharing} ranks."
+        )
+        refuse(faults)
+    per_pass = train.micro_batch_size * world_size // sharing
+    if train.global_batch_size % per_pass:
+        shared = f" / parallel.sequence_parallel_size {sharing}" if sharing > 1 else ""
+        faults.append(
+            f"train.global_batch_size is {train.global_batch_size}, but {_ranks(world_size)}{shared} x "
             f"train.micro_batch_size {train.micro_batch_size} = {per_pass} sequences a pass: the batch must be "
-            f"a multiple of it. Use a multiple of {per_pass}, or {_instead(run, world_size)}."
+            f"a multiple of it. Use a multiple of {per_pass}, or {_instead(run, world_size // sharing)}."
         )
     refuse(faults)
     return train.global_batch_size // per_pass
@@ -60,16 +71,13 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'' if number == 1 else 's'}"
 
 
-def _instead(run: RunConfig, world_size: int) -> str:
-    """What would fit the same batch: a smaller micro-batch, where ranks divide it at all, or other ranks."""
-    batch, micro, ep = (
-        run.train.global_batch_size,
-        run.train.micro_batch_size,
-        run.parallel.expert_parallel_size,
-    )
-    if batch % world_size == 0:
-        return f"a train.micro_batch_size of {choice(divisors(batch // world_size))}"
-    fitting = [ranks for ranks in divisors(batch // micro) if ranks % ep == 0]
+def _instead(run: RunConfig, groups: int) -> str:
+    """What would fit the same batch: a smaller micro-batch, where groups divide it at all, or other ranks."""
+    batch, micro, parallel = run.train.global_batch_size, run.train.micro_batch_size, run.parallel
+    if batch % groups == 0:
+        return f"a train.micro_batch_size of {choice(divisors(batch // groups))}"
+    ranks = [groups * parallel.sequence_parallel_size for groups in divisors(batch // micro)]
+    fitting = [number for number in ranks if number % parallel.expert_parallel_size == 0]
     return f"another number of ranks ({choice(fitting)})" if fitting else "another number of ranks"
 
 

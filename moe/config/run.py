@@ -82,6 +82,9 @@ class TrainConfig(Section):
 class ParallelConfig(Section):
     expert_parallel_size: Size = 1
     """Ranks that share the experts of a layer; consecutive ranks form a group."""
+    sequence_parallel_size: Size = 1
+    """Ranks that share each sequence, every one with a part of its positions; around attention they exchange them for
+    heads (Ulysses, arXiv:2309.14509). Consecutive ranks form a group."""
     dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
     """How tokens travel to their experts: torch's all-to-all, or DeepEP's kernels where they are installed."""
     zero_stage: ZeroStage = 1

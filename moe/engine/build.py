@@ -11,7 +11,7 @@ from moe.engine import ds_config
 from moe.engine.groups import adopt, partition_experts_by_group
 from moe.engine.library import deepspeed
 from moe.errors import ConfigError
-from moe.model import Transformer, count, initialize
+from moe.model import SequenceGroup, Transformer, count, initialize
 from moe.model.init import fill
 from moe.sparse import Capacity, ExpertLayout, deepep
 
@@ -32,9 +32,9 @@ def build(run: RunConfig, ranks: Ranks) -> Transformer:
     sharded = run.parallel.zero_stage == 3
     try:
         with torch.device("meta" if sharded else "cpu"):
-            model = Transformer(
-                run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance), dispatcher
-            )
+            recompute, capacity = run.train.activation_recomputation, Capacity.of(run.balance)
+            sequence_group = SequenceGroup(ranks.sequence_parallel_size, ranks.sequence_group)
+            model = Transformer(run.model, layout, recompute, capacity, dispatcher, sequence_group)
         if sharded:
             _fill_and_shard(model, run, ranks)
         else:

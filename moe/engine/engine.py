@@ -97,6 +97,7 @@ class Engine:
     def step(self, batches: Sequence[Batch], step: int, *, observe: bool = False) -> StepResult:
         """Forward, backward and update over this rank's micro-batches of optimizer step `step` (from 0).
 
+        Ranks that share sequences bring the same rows, each its own positions of them (`Ranks.positions`).
         With `observe` the health of the sparse layers is looked at too, for one more collective.
 
         Collective. All shares are scaled so that DeepSpeed's mean over ranks and micro-batches gives back the
@@ -163,13 +164,19 @@ class Engine:
 
     def _jitters(self, batches: Sequence[Batch], step: int) -> list[Jitter | None]:
         """Noise for each micro-batch by its place in the global batch: moe.data.loader deals rows in that order."""
-        epsilon, sizes = self.run.balance.router_jitter, [batch.mask_BS.numel() for batch in batches]
+        epsilon, sharing = self.run.balance.router_jitter, self.ranks.sequence_parallel_size
         if not epsilon:
             return [None] * len(batches)
+        shapes = [(batch.mask_BS.shape[0], batch.mask_BS.shape[1] * sharing) for batch in batches]
+        sizes = [rows * length for rows, length in shapes]
         key = number("router jitter", self.run.seed, step)
-        firsts = accumulate(sizes[:-1], initial=self.ranks.rank * sum(sizes))
+        firsts = accumulate(sizes[:-1], initial=self.ranks.data_rank * sum(sizes))
         places = [range(first, first + size) for first, size in zip(firsts, sizes, strict=True)]
-        return [Jitter.of(epsilon, key, here, self.ranks.device) for here in places]
+        whole = [Jitter.of(epsilon, key, here, self.ranks.device) for here in places]
+        return [
+            jitter.part(rows, self.ranks.positions(length))
+            for jitter, (rows, length) in zip(whole, shapes, strict=True)
+        ]
 
     def _totals(self, batches: Sequence[Batch], jitters: Sequence[Jitter | None]) -> Totals:
         counts = None
@@ -181,9 +188,11 @@ class Engine:
             loads = [loss.local_load(output) for output in outputs]
             counts = torch.stack([load[:, :-1] for load in loads if load is not None]).sum(0)
         masks = [batch.mask_BS for batch in batches]
-        sizes = torch.stack([_sum(m.sum() for m in masks), _sum(m.any(1).sum() for m in masks)]).double()
+        tokens_B = self.ranks.sum_over_sequence(torch.cat([mask.sum(1) for mask in masks]))
+        sizes = torch.stack([_sum(mask.sum() for mask in masks), (tokens_B > 0).sum()]).double()
         tokens, sequences = self.ranks.sum(sizes).unbind()
-        micro_batches = len(batches) * self.ranks.world_size
+        sequences = sequences / self.ranks.sequence_parallel_size  # which all those that share them counted
+        micro_batches = len(batches) * self.ranks.data_world_size
         return Totals(
             tokens, sequences, micro_batches, self.ranks.sum(counts) if counts is not None else None
         )
@@ -193,7 +202,16 @@ class Engine:
             load = loss.local_load(output)
             assert load is not None
             totals = replace(totals, counts_LE=self.ranks.sum(load[:, :-1].contiguous()))
-        return loss.losses(output, batch.mask_BS, totals, self.run.balance)
+        return loss.losses(output, batch.mask_BS, totals, self.run.balance, self._choices(output, batch))
+
+    def _choices(self, output: ModelOutput, batch: Batch) -> Tensor | None:
+        """Of whole sequences, for losses that count within them; None: they are whole here, or nothing counts."""
+        config = self.run.balance
+        if self.ranks.sequence_parallel_size == 1 or not output.records:
+            return None
+        if not (config.sequence_loss_weight or config.micro_batch_loss_weight):
+            return None
+        return self.ranks.sum_over_sequence(loss.choices(output, batch.mask_BS))
 
     def _refuse_divergence(self, step: int, norm: Tensor) -> None:
         """Stop before a bad gradient touches weights; DeepSpeed itself would skip the step and say little.

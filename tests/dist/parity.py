@@ -72,6 +72,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "normalize_top_k": False,
         },
     },
+    "four key heads": {"attention": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "qkv_bias": True}},
     "dense": {"moe": None, "intermediate_size": 40},
 }
 BALANCES: dict[str, dict[str, Any]] = {
@@ -102,16 +103,18 @@ class Layout:
     model: str = "sparse"
     optimizer: str = "adamw"
     offload: str = "none"
+    sequence_parallel_size: int = 1
 
     def run(self) -> RunConfig:
         return tiny(
             parallel={
                 "expert_parallel_size": self.expert_parallel_size,
+                "sequence_parallel_size": self.sequence_parallel_size,
                 "zero_stage": self.zero_stage,
                 "offload": self.offload,
             },
             train={
-                "micro_batch_size": GLOBAL_BATCH // self.world_size // self.accumulation,
+                "micro_batch_size": GLOBAL_BATCH // self._data_ranks // self.accumulation,
                 "activation_recomputation": self.recompute,
                 "precision": self.precision,
                 "optimizer": {**OPTIMIZER, "kind": self.optimizer},
@@ -122,9 +125,13 @@ class Layout:
 
     def reference(self) -> "Layout":
         """One process, ZeRO 1, no accumulation; where experts choose, with the same micro-batches."""
-        micro_batches = self.world_size * self.accumulation if self.model == "experts choose" else 1
+        micro_batches = self._data_ranks * self.accumulation if self.model == "experts choose" else 1
         same = {name: getattr(self, name) for name in ("precision", "balance", "model", "optimizer")}
         return Layout(1, 1, 1, micro_batches, **same)
+
+    @property
+    def _data_ranks(self) -> int:
+        return self.world_size // self.sequence_parallel_size
 
 
 def grid() -> list[Layout]:
@@ -197,7 +204,23 @@ def matrix() -> list[Layout]:
         for ep, z, a in ((1, 2, 1), (2, 1, 2), (4, 1, 1))
     ]
     layouts.append(Layout(2, 2, 1, 2, model="GPT-OSS's experts, latent", optimizer="muon"))
-    return layouts
+    return [*layouts, *_sharing_sequences()]
+
+
+def _sharing_sequences() -> list[Layout]:
+    """Over every ZeRO stage, beside EP groups that are smaller, equal and larger; each balancing scope; recompute."""
+    four_heads: dict[str, Any] = {"sequence_parallel_size": 4, "model": "four key heads"}
+    return [
+        Layout(2, 1, 0, 1, sequence_parallel_size=2),
+        Layout(2, 2, 2, 2, sequence_parallel_size=2, recompute="block"),
+        Layout(4, 2, 1, 2, sequence_parallel_size=2),
+        Layout(4, 4, 2, 1, **four_heads),
+        Layout(4, 2, 1, 2, **four_heads, recompute="block", balance="jitter"),
+        Layout(4, 2, 2, 2, sequence_parallel_size=2, model="DeepSeek-V3's choice", balance="all at once"),
+        Layout(4, 2, 3, 2, sequence_parallel_size=2, recompute="block"),
+        Layout(4, 1, 3, 1, sequence_parallel_size=2, model="dense"),
+        Layout(4, 4, 1, 1, sequence_parallel_size=2, optimizer="muon"),
+    ]
 
 
 def everything() -> list[Layout]:
@@ -246,7 +269,8 @@ def curves(layouts: Sequence[Layout], folder: Path, steps: int = 20) -> dict[Lay
 
 def _train_all(rank: int, world_size: int, layouts: Sequence[Layout], steps: int, folder: Path) -> None:
     for index, layout in enumerate(layouts):
-        engine = start(layout.run(), ranks_of(rank, world_size, layout.expert_parallel_size))
+        groups = (layout.expert_parallel_size, layout.sequence_parallel_size)
+        engine = start(layout.run(), ranks_of(rank, world_size, *groups))
         found = curve(train(engine, 0, steps))
         engine.wrapped.destroy()
         if rank == 0:
@@ -265,6 +289,7 @@ def main() -> int:
     table = Table(
         "processes",
         "EP",
+        "SP",
         "ZeRO",
         "accumulation",
         "recompute",
@@ -282,7 +307,8 @@ def main() -> int:
         far = deviation(found[layout], found[layout.reference()])
         right = far.loss < 1e-5 and far.gradient_norm < 1e-4 and far.health < 1e-5 and far.counts_equal
         failed += not right
-        cells = (layout.world_size, layout.expert_parallel_size, layout.zero_stage, layout.accumulation)
+        groups = (layout.expert_parallel_size, layout.sequence_parallel_size)
+        cells = (layout.world_size, *groups, layout.zero_stage, layout.accumulation)
         counts = "equal" if far.counts_equal else "differ"
         shown = (
             layout.recompute,
