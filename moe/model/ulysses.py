@@ -5,7 +5,6 @@ B sequences, S positions, P = S / G of them on a rank, H heads, h = H / G of the
 
 from dataclasses import dataclass
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -20,22 +19,24 @@ class SequenceGroup:
     group: dist.ProcessGroup | None = None
 
     def scatter_heads(self, *x_BPHd: Tensor) -> tuple[Tensor, ...]:
-        """Each [B, P, H, d] -> [B, S, h, d], in one all-to-all for all; H may differ. Rank g gets the g-th h heads."""
+        """Each [B, P, H, d] -> [B, S, h, d], travelling together; H may differ. Rank g gets the g-th h heads."""
         if self.size == 1:
             return x_BPHd
-        by_rank_BPGhd = [x.unflatten(2, (self.size, -1)) for x in x_BPHd]
-        sent_GBPhd = torch.cat(by_rank_BPGhd, dim=3).movedim(2, 0)
-        whole_BShd = self._exchange(sent_GBPhd).movedim(0, 1).flatten(1, 2)
-        return torch.split(whole_BShd, [x.shape[3] for x in by_rank_BPGhd], dim=2)
+        # Each in an exchange of its own: out of a shared one a view of v would keep q and k alive until backward.
+        exchanges = [self._exchange() for _ in x_BPHd]
+        sent_GBPhd = [x.unflatten(2, (self.size, -1)).movedim(2, 0) for x in x_BPHd]
+        started = [exchange.start(x) for exchange, x in zip(exchanges, sent_GBPhd, strict=True)]
+        arrived_GBPhd = [exchange.wait(x) for exchange, x in zip(exchanges, started, strict=True)]
+        return tuple(x.movedim(0, 1).flatten(1, 2) for x in arrived_GBPhd)
 
     def gather_heads(self, x_BShd: Tensor) -> Tensor:
         """[B, S, h, d] -> [B, P, H, d]: the way back."""
         if self.size == 1:
             return x_BShd
-        sent_GBPhd = x_BShd.unflatten(1, (self.size, -1)).movedim(1, 0)
-        return self._exchange(sent_GBPhd).movedim(0, 2).flatten(2, 3)
+        exchange = self._exchange()
+        arrived_GBPhd = exchange.wait(exchange.start(x_BShd.unflatten(1, (self.size, -1)).movedim(1, 0)))
+        return arrived_GBPhd.movedim(0, 2).flatten(2, 3)
 
-    def _exchange(self, x_G: Tensor) -> Tensor:
-        """Entry g goes to rank g; entry g of the result came from there. Gradients go the same way back."""
-        exchange = Exchange([1] * self.size, [1] * self.size, self.group)
-        return exchange.wait(exchange.start(x_G))
+    def _exchange(self) -> Exchange:
+        """Entry g goes to rank g; entry g of what arrives came from there."""
+        return Exchange([1] * self.size, [1] * self.size, self.group)

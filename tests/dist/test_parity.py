@@ -47,6 +47,7 @@ def test_bf16_stays_near_one_process(tmp_path: Path) -> None:
         Layout(2, 2, 1, 2, precision="bf16", offload="optimizer"),
         Layout(2, 2, 3, 2, precision="bf16", offload="all"),
         Layout(2, 2, 2, 1, precision="bf16", optimizer="muon"),
+        Layout(2, 2, 1, 1, precision="bf16", sequence_parallel_size=2),
     ]
     found = curves([*{layout.reference() for layout in layouts}, *layouts], tmp_path, steps=10)
     for layout in layouts:

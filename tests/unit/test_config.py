@@ -220,6 +220,31 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["model.moe.router_choice=expert", "balance.capacity_factor=1.25"],
         ["balance.capacity_factor is 1.25", "equal loads", "Set balance.capacity_factor=null"],
     ),
+    "fewer heads than ranks that share a sequence": (
+        ["parallel.sequence_parallel_size=8", "model.attention.num_kv_heads=4"],
+        ["sequence_parallel_size is 8", "num_heads is 4", "as many heads", "Use one of 1, 2, 4."],
+    ),
+    "fewer key heads than ranks that share a sequence": (
+        ["parallel.sequence_parallel_size=4"],
+        ["sequence_parallel_size is 4", "num_kv_heads is 2", "Use one of 1, 2, or a num_kv_heads", "of 4."],
+    ),
+    "sequences that cannot be shared": (
+        ["parallel.sequence_parallel_size=2", "data.sequence_length=31"],
+        ["sequence_parallel_size is 2", "sequence_length is 31", "Use 1, or a data.sequence_length", "of 2."],
+    ),
+    "capacity of a part": (
+        ["parallel.sequence_parallel_size=2", "balance.capacity_factor=1.25"],
+        ["capacity_factor is 1.25", "sequence_parallel_size is 2", "Set balance.capacity_factor=null, or"],
+    ),
+    "a part that experts choose from": (
+        [
+            "parallel.sequence_parallel_size=2",
+            "model.moe.router_choice=expert",
+            "model.moe.normalize_top_k=false",
+            "balance.sequence_loss_weight=0",
+        ],
+        ["router_choice is expert", "sequence_parallel_size is 2", "Use router_choice token, or"],
+    ),
     "drop of nothing": (
         ["balance.drop_by=position"],
         ["drop_by is position", "nothing is dropped", "capacity_factor"],
@@ -312,6 +337,29 @@ def test_settings_do_not_change_after_they_were_checked(tiny_page: Page) -> None
         (["train.micro_batch_size=8"], 8, ["= 64 sequences", "micro_batch_size of 1."]),
         (["parallel.expert_parallel_size=4"], 2, ["expert_parallel_size is 4", "2 ranks", "Use one of 1, 2"]),
         ([], 8, ["global_batch_size is 8", "8 ranks x train.micro_batch_size 2 = 16", "multiple of 16"]),
+        (
+            ["parallel.sequence_parallel_size=2"],
+            3,
+            ["sequence_parallel_size is 2", "are 3 ranks", "Use 1, or start a multiple of 2 ranks"],
+        ),
+        (
+            ["parallel.sequence_parallel_size=4", "model.attention.num_kv_heads=4"],
+            6,
+            ["sequence_parallel_size is 4", "are 6 ranks", "Use one of 1, 2, or start a multiple of 4 ranks"],
+        ),
+        (
+            ["parallel.sequence_parallel_size=2"],
+            6,
+            [
+                "6 ranks / parallel.sequence_parallel_size 2 x train.micro_batch_size 2 = 6",
+                "(one of 2, 4, 8).",
+            ],
+        ),
+        (
+            ["parallel.sequence_parallel_size=2", "parallel.expert_parallel_size=4"],
+            12,
+            ["= 12 sequences", "another number of ranks (one of 4, 8)."],
+        ),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(
@@ -327,6 +375,14 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(
     world_size: int, steps: int, tiny_page: Page
 ) -> None:
     assert check_world(parse(tiny_page), world_size) == steps
+
+
+@pytest.mark.parametrize(("sharing", "world_size", "steps"), [(2, 2, 4), (2, 4, 2), (4, 4, 4), (4, 16, 1)])
+def test_ranks_that_share_sequences_have_a_micro_batch_together(
+    sharing: int, world_size: int, steps: int, tiny_page: Page
+) -> None:
+    run = parse(tiny_page, f"parallel.sequence_parallel_size={sharing}", "model.attention.num_kv_heads=4")
+    assert check_world(run, world_size) == steps
 
 
 @dataclass(frozen=True)
