@@ -14,6 +14,7 @@ VERBS = {
     "evaluate": ("moe.evaluate:command", "Measure held-out loss and bits per byte of a run."),
     "export": ("moe.export:command", "Write a run as a Hugging Face checkpoint."),
     "generate": ("moe.generate:command", "Continue a prompt with a run or an export."),
+    "checkpoint": ("moe.checkpoints:command", "List, verify, prune or resize the checkpoints of a run."),
     "certify": ("moe.certify.command:command", "Prove that a recipe trains the same in any layout."),
     "report": ("moe.report:command", "Draw loss and expert load of a run."),
     "schema": ("moe.cli:schema", "Print the JSON schema of recipes, for editors."),

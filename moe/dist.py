@@ -4,7 +4,7 @@ import datetime
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
 import torch
@@ -28,6 +28,9 @@ class Ranks:
     expert_parallel_size: int = 1
     expert_group: Group | None = None
     """The consecutive ranks that share the experts of a layer."""
+    sequence_parallel_size: int = 1
+    sequence_group: Group | None = None
+    """The consecutive ranks that share sequences, each with a part of every one's positions."""
     control_group: Group | None = None
     """All ranks over gloo, for small agreements that must not wait for the device."""
 
@@ -42,6 +45,22 @@ class Ranks:
         return self.rank // self.expert_parallel_size
 
     @property
+    def data_rank(self) -> int:
+        """Position among the groups that share sequences: which rows of the global batch are here."""
+        return self.rank // self.sequence_parallel_size
+
+    @property
+    def data_world_size(self) -> int:
+        """The number of these groups."""
+        return self.world_size // self.sequence_parallel_size
+
+    def positions(self, length: int) -> slice:
+        """Which positions of a sequence of `length` are here."""
+        here = length // self.sequence_parallel_size
+        first = self.rank % self.sequence_parallel_size * here
+        return slice(first, first + here)
+
+    @property
     def speaks(self) -> bool:
         """Whether this is the rank that talks to the user and owns the run folder."""
         return self.rank == 0
@@ -50,6 +69,12 @@ class Ranks:
         """Sum over all ranks, in place; returns `tensor`."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
+        return tensor
+
+    def sum_over_sequence(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that share sequences, in place; returns `tensor`."""
+        if self.sequence_parallel_size > 1:
+            dist.all_reduce(tensor, group=self.sequence_group)
         return tensor
 
     def sum_all(self, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
@@ -90,6 +115,17 @@ class Ranks:
         """Wait until every rank is here."""
         if self.world_size > 1:
             dist.barrier(group=self.control_group)
+
+
+def beside(ranks: Ranks, timeout_minutes: float) -> Ranks:
+    """The same ranks with a control group of their own, for a thread beside training. Collective.
+
+    Two threads must not use one group: which rank's call meets which would be a matter of chance.
+    """
+    if ranks.world_size == 1:
+        return ranks
+    timeout = datetime.timedelta(minutes=timeout_minutes)
+    return replace(ranks, control_group=dist.new_group(backend="gloo", timeout=timeout))
 
 
 def world_size_from_environment() -> int:
@@ -141,7 +177,7 @@ def _announced(*names: str, least: int, otherwise: int) -> int:
 
 @contextmanager
 def start(parallel: ParallelConfig) -> Iterator[Ranks]:
-    """Join the process group that the launcher describes and make the expert-parallel groups.
+    """Join the process group that the launcher describes and make the groups of consecutive ranks.
 
     Works under deepspeed, torchrun, accelerate, srun, and plain python (one rank). NCCL with CUDA, else gloo.
     Raises `LaunchError` if the environment is incomplete.
@@ -155,9 +191,32 @@ def start(parallel: ParallelConfig) -> Iterator[Ranks]:
     timeout = datetime.timedelta(minutes=parallel.timeout_minutes)
     _join(rank, world_size, device, timeout)
     try:
-        yield _ranks(rank, world_size, local_rank, device, parallel.expert_parallel_size, timeout)
+        yield Ranks(
+            rank=rank,
+            world_size=world_size,
+            local_rank=local_rank,
+            device=device,
+            expert_parallel_size=parallel.expert_parallel_size,
+            expert_group=consecutive(parallel.expert_parallel_size, timeout),
+            sequence_parallel_size=parallel.sequence_parallel_size,
+            sequence_group=consecutive(parallel.sequence_parallel_size, timeout),
+            control_group=dist.new_group(backend="gloo", timeout=timeout),
+        )
     finally:
         dist.destroy_process_group()
+
+
+def consecutive(size: int, timeout: datetime.timedelta | None = None) -> Group | None:
+    """Of the groups of `size` consecutive ranks the one that this rank is in; None for 1. Collective over all ranks."""
+    if size == 1:
+        return None
+    mine = None
+    for first in range(0, dist.get_world_size(), size):
+        members = list(range(first, first + size))
+        group = dist.new_group(members, timeout=timeout)
+        if dist.get_rank() in members:
+            mine = group
+    return mine
 
 
 def _device(local_rank: int) -> torch.device:
@@ -185,28 +244,3 @@ def _join(rank: int, world_size: int, device: torch.device, timeout: datetime.ti
             f"Export them, or start through `turnout train --nproc`, deepspeed, torchrun or accelerate."
         )
     dist.init_process_group(backend, rank=rank, world_size=world_size, timeout=timeout)
-
-
-def _ranks(
-    rank: int,
-    world_size: int,
-    local_rank: int,
-    device: torch.device,
-    expert_parallel_size: int,
-    timeout: datetime.timedelta,
-) -> Ranks:
-    mine = None
-    for first in range(0, world_size, expert_parallel_size):
-        members = list(range(first, first + expert_parallel_size))
-        group = dist.new_group(members, timeout=timeout)
-        if rank in members:
-            mine = group
-    return Ranks(
-        rank=rank,
-        world_size=world_size,
-        local_rank=local_rank,
-        device=device,
-        expert_parallel_size=expert_parallel_size,
-        expert_group=mine,
-        control_group=dist.new_group(backend="gloo", timeout=timeout),
-    )

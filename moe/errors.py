@@ -40,7 +40,11 @@ class CheckpointError(TurnoutError):
 
 
 class TrainingError(TurnoutError):
-    """Training that cannot go on, with the last good checkpoint untouched."""
+    """Training that cannot go on after `step`, with the last good checkpoint untouched."""
+
+    def __init__(self, message: str, step: int = 0) -> None:
+        super().__init__(message)
+        self.step = step
 
 
 class ExportError(TurnoutError):

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import click
 import numpy as np
 import torch
 
-from moe import log
+from moe import figures, log
 from moe.checkpoint.read import SavedModel
 from moe.config import RunConfig, cautions, check_data
 from moe.data.loader import validation_batches
 from moe.data.shards import TokenData
-from moe.errors import CheckpointError, ConfigError, DataError, clean_exit
+from moe.errors import CheckpointError, DataError, clean_exit
 from moe.loss import local_load
 from moe.model import Transformer, initialize
 from moe.recipe import load
@@ -113,44 +112,6 @@ def _load(run_folder: Path, step: int | None) -> tuple[RunConfig, Transformer, i
     return saved.run, model, saved.step
 
 
-def _check_place(path: Path) -> None:
-    """Before minutes of work: can a file be written here?"""
-    try:
-        if path.is_dir():
-            raise ConfigError(f"--json is {path}, which is a folder: give the path of a file in it.")
-        if (trial := _written_first(path)) != path:
-            trial.touch()
-            trial.unlink()
-    except OSError as error:
-        raise ConfigError(
-            f"--json is {path}, which cannot be written ({error.strerror}). "
-            f"Give the path of a file in a folder that exists."
-        ) from None
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    first = _written_first(path)
-    try:
-        first.write_text(text, encoding="utf-8")
-        if first != path:
-            first.replace(path.resolve())
-    except OSError as error:
-        if first != path:
-            first.unlink(missing_ok=True)
-        raise ConfigError(
-            f"--json is {path}, which cannot be written ({error.strerror}); the figures are above. "
-            f"Mend that, or give another path."
-        ) from None
-
-
-def _written_first(path: Path) -> Path:
-    """A file beside `path`, to be renamed to it; a pipe or a device is written as it is."""
-    if path.exists() and not path.is_file():
-        return path
-    return path.resolve().with_name(f".turnout-{os.getpid()}.tmp")
-
-
 @click.command("evaluate")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
@@ -164,14 +125,14 @@ def command(run: Path, step: int | None, json_path: Path | None) -> None:
     with clean_exit():
         log.setup()
         if json_path is not None:
-            _check_place(json_path)
+            figures.check_place(json_path)
         found = evaluate(run, step)
         click.echo(
             f"step {found.step}: {found.loss:.4f} nats/token, {found.bits_per_byte:.4f} bits/byte "
             f"(unigram model: {found.unigram_bits_per_byte:.4f}) over {found.tokens:,} tokens, {found.bytes:,} bytes"
         )
         if json_path is not None:
-            _write(json_path, json.dumps(asdict(found)) + "\n")
+            figures.write(json_path, json.dumps(asdict(found)) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 
 import click
 
-from moe import log
-from moe.errors import ExportError, clean_exit
+from moe import figures, log
+from moe.errors import clean_exit
 
 if TYPE_CHECKING:
     from moe.hf.pages import Dtype
@@ -58,12 +58,12 @@ def export(
             saved.run,
             saved.step,
             saved.names(),
-            saved.tensor,
+            saved.pieces,
             run_dir / "tokenizer",
             dtype=dtype,
             max_shard_size=max_shard_size,
         )
-        compared = verification.verify(folder, saved.run.model, saved.tensor, dtype) if verify else None
+        compared = verification.verify(folder, saved.run.model, saved.pieces, dtype) if verify else None
     return ExportResult(
         folder=str(to),
         architecture=written.family.architecture,
@@ -105,6 +105,8 @@ def command(
     with clean_exit():
         from moe.hf.write import parse_size
 
+        if json_path is not None:
+            figures.check_place(json_path)
         result = export(
             run, to, step=step, dtype=dtype, max_shard_size=parse_size(max_shard_size), verify=verify
         )
@@ -119,13 +121,7 @@ def command(
                 f"{compared.logit_scale:.3g}, KL {compared.kl:.1e}"
             )
         if json_path is not None:
-            try:
-                json_path.write_text(json.dumps(asdict(result), indent=2) + "\n", encoding="utf-8")
-            except OSError as error:
-                raise ExportError(
-                    f"{json_path} cannot be written ({error.strerror}); the export itself is in {to}. "
-                    f"Give --json the path of a file in a folder that exists."
-                ) from None
+            figures.write(json_path, json.dumps(asdict(result), indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ def open_model(source: Path) -> tuple[Any, Any]:
     from moe.checkpoint.read import SavedModel
 
     saved = SavedModel.open(source, None)
-    return load.from_run(saved.run, saved.names(), saved.tensor, source / "tokenizer")
+    return load.from_run(saved.run, saved.names(), saved.pieces, source / "tokenizer")
 
 
 @click.command("generate")

@@ -20,7 +20,7 @@ class Totals:
     num_sequences: Tensor
     """Sequences with an unmasked token; float scalar."""
     num_micro_batches: int
-    """Over all ranks."""
+    """Over all ranks; ranks that share sequences have one together."""
     counts_LE: Tensor | None = None
     """int64: choices per sparse layer and expert; needed by the global-batch loss alone."""
 
@@ -39,8 +39,17 @@ class Losses:
     """Mean over sparse layers, unweighted."""
 
 
-def losses(output: ModelOutput, mask_BS: Tensor, totals: Totals, config: BalanceConfig) -> Losses:
-    """Combine a micro-batch's cross-entropy and per-layer balancing losses. `mask_BS`: bool."""
+def losses(
+    output: ModelOutput,
+    mask_BS: Tensor,
+    totals: Totals,
+    config: BalanceConfig,
+    choices_LBE: Tensor | None = None,
+) -> Losses:
+    """Combine a micro-batch's cross-entropy and per-layer balancing losses. `mask_BS`: bool.
+
+    `choices_LBE` are `choices` of the whole sequences where only some of their positions are here.
+    """
     cross_entropy = output.cross_entropy / totals.num_tokens
     if not output.records:
         nothing = torch.zeros_like(cross_entropy).detach()
@@ -49,22 +58,29 @@ def losses(output: ModelOutput, mask_BS: Tensor, totals: Totals, config: Balance
     router_z = torch.stack([balance.z_loss(r, mask_T) / totals.num_tokens for r in output.records])
     total = cross_entropy + config.router_z_loss_weight * router_z.sum()
     load_balancing = torch.zeros_like(router_z).detach()
-    for weight, per_layer in _scopes(output.records, mask_BS, totals, config):
+    for weight, per_layer in _scopes(output.records, mask_BS, totals, config, choices_LBE):
         load_balancing = per_layer
         total = total + weight * per_layer.sum()
     return Losses(total, cross_entropy.detach(), load_balancing.detach().mean(), router_z.detach().mean())
 
 
 def _scopes(
-    records: Sequence[RoutingRecord], mask_BS: Tensor, totals: Totals, config: BalanceConfig
+    records: Sequence[RoutingRecord],
+    mask_BS: Tensor,
+    totals: Totals,
+    config: BalanceConfig,
+    choices_LBE: Tensor | None,
 ) -> list[tuple[float, Tensor]]:
     """(weight, loss of each layer) for the scopes in use, narrow to wide."""
     found, mask_T = [], mask_BS.flatten()
+    by_layer: list[Tensor | None] = [None] * len(records) if choices_LBE is None else list(choices_LBE)
+    here = list(zip(records, by_layer, strict=True))
     if config.sequence_loss_weight:
-        shares = [balance.sequence_balance(r, mask_BS) / totals.num_sequences for r in records]
+        shares = [balance.sequence_balance(r, mask_BS, c_BE) / totals.num_sequences for r, c_BE in here]
         found.append((config.sequence_loss_weight, torch.stack(shares)))
     if config.micro_batch_loss_weight:
-        shares = [balance.micro_batch_balance(r, mask_T) / totals.num_micro_batches for r in records]
+        counts = [(r, None if c_BE is None else c_BE.sum(0)) for r, c_BE in here]
+        shares = [balance.micro_batch_balance(r, mask_T, c_E) / totals.num_micro_batches for r, c_E in counts]
         found.append((config.micro_batch_loss_weight, torch.stack(shares)))
     if config.global_batch_loss_weight:
         assert totals.counts_LE is not None
@@ -72,6 +88,11 @@ def _scopes(
         shares = [balance.global_balance(r, mask_T, counts_E, totals.num_tokens) for r, counts_E in pairs]
         found.append((config.global_batch_loss_weight, torch.stack(shares)))
     return found
+
+
+def choices(output: ModelOutput, mask_BS: Tensor) -> Tensor:
+    """int64 [L, B, E]: choices of each sparse layer's experts by the unmasked tokens of each sequence."""
+    return torch.stack([balance.choices(record, mask_BS) for record in output.records])
 
 
 def local_load(output: ModelOutput) -> Tensor | None:

@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
@@ -12,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from moe import dist, log
-from moe.checkpoint import identity
+from moe.checkpoint import identity, space
 from moe.checkpoint.certificate import CERTIFICATE
+from moe.checkpoint.folder import write_atomically
 from moe.checkpoint.lock import held
 from moe.config import RunConfig, cautions, check_data, check_world
 from moe.data.shards import TokenData
@@ -35,7 +35,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
     Raises `ConfigError`, `DataError` or `CheckpointError`.
     """
     check_world(run, world_size)
-    ds_config.check(run.deepspeed)
+    ds_config.check(run.deepspeed, run.parallel.zero_stage)
     if run.parallel.dispatch == "deepep":
         from moe.sparse import deepep
 
@@ -51,7 +51,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
             f"Choose another run_dir."
         )
-    identity.check(run, data.fingerprint)
+    space.check(run, identity.check(run, data.fingerprint))
     return data
 
 
@@ -71,14 +71,16 @@ def main(recipe: str | Path, overrides: Sequence[str] = ()) -> int:
 
 def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) -> int:
     """The loop. Collective."""
+    from moe.advance import advance
     from moe.checkpoint.resume import restore
-    from moe.checkpoint.save import save
+    from moe.checkpoint.save import Saver
     from moe.data.loader import train_batches
+    from moe.engine.build import build
     from moe.engine.engine import Engine
     from moe.metrics import Meter, Tracker
 
     _on_the_first_rank(ranks, lambda: _verify_shards(run))
-    engine = Engine.start(run, _model(run, ranks), ranks)
+    engine = Engine.start(run, build(run, ranks), ranks)
     state = restore(engine, data.fingerprint)
     # Only now is it sure that this run may write there.
     lock = ExitStack()
@@ -89,27 +91,29 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
         sequence_length=run.data.sequence_length,
         global_batch_size=run.train.global_batch_size,
         micro_batch_size=run.train.micro_batch_size,
-        rank=ranks.rank,
-        world_size=ranks.world_size,
+        rank=ranks.data_rank,
+        world_size=ranks.data_world_size,
+        positions=ranks.positions(run.data.sequence_length),
         seed=run.seed,
         start_step=state.step,
     )
-    saved = state.step if state.step else None
-    with lock, Tracker.open(run, speaks=ranks.speaks, step=state.step) as tracker:
+    with (
+        lock,
+        Tracker.open(run, speaks=ranks.speaks, step=state.step) as tracker,
+        Saver.open(engine, data.fingerprint, state.step, tracker) as saver,
+    ):
         meter = Meter(run, ranks, tracker)
         if state.step == 0:
             _evaluate(run, data, engine, tracker, state, meter)
-        while state.step < run.train.steps and not ranks.any(stop.received):
-            result = engine.step(_next(batches), state.step, observe=meter.due(state.step + 1))
-            state = state.after(result.num_tokens, result.tokens_per_expert)
-            meter.step(result, step=state.step, tokens=state.tokens, unused=state.steps_since_use_LE)
+        while state.step < run.train.steps and not ranks.any(stop.received or saver.poll()):
+            observe = meter.due(state.step + 1)
+            result = engine.step(_next(batches), state.step, observe=observe, guard=state.guard)
+            state = advance(engine, state, result, meter)
             _evaluate(run, data, engine, tracker, state, meter)
             if run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0:
                 with meter.stopped():
-                    save(engine, state, data.fingerprint)
-                saved = state.step
-        if saved != state.step and state.step:
-            save(engine, state, data.fingerprint)
+                    saver.save(state)
+        saver.finish(state)
         return _finish(run, ranks, state)  # the folder is still ours
 
 
@@ -120,27 +124,6 @@ def _next(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...]:
     except TurnoutError as error:
         error.local = True
         raise
-
-
-def _model(run: RunConfig, ranks: dist.Ranks) -> Any:
-    from moe.model import Transformer, count, initialize
-    from moe.sparse import Capacity, ExpertLayout, deepep
-
-    num_experts = run.model.moe.num_experts if run.model.moe else 1
-    layout = ExpertLayout(num_experts, ranks.expert_parallel_size, ranks.expert_rank, ranks.expert_group)
-    width = (run.model.moe and run.model.moe.latent_size) or run.model.hidden_size
-    dispatcher = deepep.start(layout, width) if run.parallel.dispatch == "deepep" else None
-    try:
-        model = Transformer(
-            run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance), dispatcher
-        )
-    except (RuntimeError, MemoryError) as error:  # torch's allocator says no
-        raise ConfigError(
-            f"model: {count(run.model, run.data.sequence_length).sentence()}, which this rank cannot hold ({error}). "
-            f"Use a smaller model, or more ranks with a larger parallel.expert_parallel_size."
-        ) from None
-    initialize(model, run.seed)
-    return model
 
 
 def _evaluate(
@@ -161,8 +144,9 @@ def _evaluate(
             data,
             sequence_length=run.data.sequence_length,
             batch_size=run.train.micro_batch_size,
-            rank=engine.ranks.rank,
-            world_size=engine.ranks.world_size,
+            rank=engine.ranks.data_rank,
+            world_size=engine.ranks.data_world_size,
+            positions=engine.ranks.positions(run.data.sequence_length),
         )
         nats, tokens = (float(total) for total in engine.evaluate(batches))
         if tracker is not None:
@@ -202,7 +186,7 @@ def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: Exi
             raise ConfigError(
                 f"{metrics} is a folder, but records go into a file of that name. Move it away."
             )
-        _write_atomically(run.folder / "recipe.yaml", dump(run))
+        write_atomically(run.folder / "recipe.yaml", dump(run))
         (run.folder / "done").unlink(missing_ok=True)
         if state.step == 0 or not tokenizer.is_dir():
             partial = run.folder / ".tokenizer"
@@ -222,7 +206,7 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
     from moe.model import count, kept_by_experts
 
     say = log.get().info
-    ep, zero = run.parallel.expert_parallel_size, run.parallel.zero_stage
+    sharing, zero = run.parallel.sequence_parallel_size, run.parallel.zero_stage
     accumulation = check_world(run, ranks.world_size)
     try:
         check_exportable(run.model)
@@ -232,18 +216,18 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
         log.get().warning(caution)
     say("%s: %s", run.name, count(run.model, run.data.sequence_length).sentence())
     if run.model.moe is not None:
-        train = run.train
-        kept = kept_by_experts(run.model, train.precision, train.activation_recomputation)
+        kept = kept_by_experts(run.model, run.train.precision, run.train.activation_recomputation)
         say(
             "routed experts keep %d bytes of activations per token for backward, %.3g GB a micro-batch",
             kept,
-            kept * train.micro_batch_size * run.data.sequence_length / 1e9,
+            kept * run.train.micro_batch_size * run.data.sequence_length / sharing / 1e9,
         )
     say(
-        "%d ranks on %s, EP %d, ZeRO %d, %s, %d sequences of %d tokens a step in %d micro-batches a rank",
+        "%d ranks on %s, EP %d, SP %d, ZeRO %d, %s, %d sequences of %d tokens a step in %d micro-batches a rank",
         ranks.world_size,
         ranks.device.type,
-        ep,
+        run.parallel.expert_parallel_size,
+        sharing,
         zero,
         run.train.precision,
         run.train.global_batch_size,
@@ -262,7 +246,7 @@ def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:
     done = state.step >= run.train.steps
     if ranks.speaks:
         if done:
-            _write_atomically(
+            write_atomically(
                 run.folder / "done", json.dumps({"step": state.step, "tokens": state.tokens}) + "\n"
             )
             log.get().info("done: %d steps, %s tokens, in %s", state.step, f"{state.tokens:,}", run.folder)
@@ -272,15 +256,6 @@ def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:
             )
     ranks.barrier()
     return 0 if done else EXIT_STOPPED
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 @click.command("train")

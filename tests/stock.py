@@ -1,6 +1,7 @@
 """Small models of every stock architecture with random weights, as a saved run would hand them out."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,9 @@ class Saved:
     def names(self) -> list[str]:
         return list(self.weights)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        return self.weights[name].clone()
+    def pieces(self, name: str) -> Iterator[torch.Tensor]:
+        stacked = ".experts." in name
+        yield from (part.clone() for part in (self.weights[name] if stacked else [self.weights[name]]))
 
 
 def saved(model: ModelConfig) -> Saved:
@@ -147,9 +149,7 @@ def saved(model: ModelConfig) -> Saved:
 
 def write_run(folder: Path, source: Saved) -> Path:
     """A run folder with one checkpoint, as training leaves it: recipe, tokenizer, hashed weights."""
-    from moe.checkpoint import folder as folders
-
-    step = folders.step_folder(folder, source.step)
+    step = folder / f"checkpoints/step_{source.step}"
     step.mkdir(parents=True)
     tensors = {}
     for name, tensor in source.weights.items():
@@ -158,13 +158,21 @@ def write_run(folder: Path, source: Saved) -> Path:
         else:
             tensors[f"weight/{name}"] = tensor
     save_file(tensors, step / "state.safetensors")
-    (step / "recipe.yaml").write_text(dump(source.run))
-    (folder / "recipe.yaml").write_text(dump(source.run))
+    return finish_run(folder, source.run, source.step, list(tensors))
+
+
+def finish_run(folder: Path, run: RunConfig, number: int, keys: list[str]) -> Path:
+    """All but the state.safetensors of the run's one checkpoint, which holds `keys`."""
+    from moe.checkpoint import folder as folders
+
+    step = folders.step_folder(folder, number)
+    (step / "recipe.yaml").write_text(dump(run))
+    (folder / "recipe.yaml").write_text(dump(run))
     folders.write_manifest(
         step,
         folders.Manifest(
-            step=source.step,
-            next_sample=0,
+            step=number,
+            next_sample=number * run.train.global_batch_size,
             tokens=0,
             world_size=1,
             data_fingerprint="",
@@ -172,7 +180,7 @@ def write_run(folder: Path, source: Saved) -> Path:
                 path.name: folders.File(path.stat().st_size, folders.hash_file(path))
                 for path in step.iterdir()
             },
-            tensors=dict.fromkeys(tensors, "state.safetensors"),
+            tensors=dict.fromkeys(keys, "state.safetensors"),
         ),
     )
     write_tokenizer(folder / "tokenizer")

@@ -12,7 +12,7 @@ from pathlib import Path
 import click
 import torch
 
-from moe import log
+from moe import figures, log
 from moe.bench import machine, page, table
 from moe.bench.case import DTYPES, Case, make_case
 from moe.bench.compare import Report, compare
@@ -75,7 +75,7 @@ def command(
         machine.check_allocator(allocator, case.device)
         entries = select(only, skip)
         if json_path is not None:
-            page.check_place(json_path)
+            figures.check_place(json_path)
         if case.device.type == "cpu":
             torch.set_num_threads(threads or 1)
         here = machine.describe(case.device, allocator)
@@ -83,7 +83,7 @@ def command(
         alone = case.device.type == "cpu" and torch.get_num_threads() == 1
         table.show(_title(case, allocator), case, report, cpu_ratio=alone, markdown=markdown)
         if json_path is not None:
-            page.write(json_path, page.dump(page.as_page(case, report, machine=here)))
+            figures.write(json_path, page.dump(page.as_page(case, report, machine=here)))
     _judge(case, report)
 
 

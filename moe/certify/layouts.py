@@ -12,6 +12,7 @@ from moe.checkpoint.identity import counts_by_micro_batch
 from moe.config import ParallelConfig, RunConfig, TrainConfig, check_world
 from moe.config.base import Section
 from moe.config.shape import divisors
+from moe.engine.ds_config import ONLY_UNDER
 from moe.errors import ConfigError
 
 THEN = ("", "resume", "resize")
@@ -161,11 +162,23 @@ def spread(small: RunConfig, layout: Layout, folder: Path | None = None) -> RunC
     page["parallel"]["zero_stage"] = layout.zero
     if layout.offload != "none":
         page["parallel"]["offload"] = layout.offload
+    page["deepspeed"] = _deepspeed(small, layout.zero)
     try:
         return RunConfig.model_validate(page)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ConfigError(f"{'.'.join(map(str, first['loc']))}: {first['msg']}.") from None
+
+
+def _deepspeed(small: RunConfig, zero: int) -> dict[str, Any]:
+    """The recipe's further settings, without those that this ZeRO stage does not read."""
+    page: dict[str, Any] = {**small.deepspeed}
+    block = {
+        key: value for key, value in page.pop("zero_optimization", {}).items() if zero in ONLY_UNDER[key]
+    }
+    if zero == 3:
+        block["stage3_param_persistence_threshold"] = 0  # else so small a model is whole on every rank
+    return {**page, "zero_optimization": block} if block else page
 
 
 def reference(small: RunConfig, layout: Layout) -> Layout:

@@ -17,11 +17,10 @@ from moe.checkpoint.save import TrainState, save
 from moe.config import RunConfig
 from moe.data.loader import Batch
 from moe.dist import Ranks
+from moe.engine.build import build
 from moe.engine.engine import Engine, StepResult
 from moe.engine.groups import is_expert
-from moe.model import Transformer, initialize
 from moe.seed import stream
-from moe.sparse import Capacity, ExpertLayout
 
 FINGERPRINT = "certify"
 """Stands for the data's in checkpoints."""
@@ -47,11 +46,7 @@ def observe(job: Job, ranks: Ranks) -> Seen:
 
 def start(run: RunConfig, ranks: Ranks) -> Engine:
     """A fresh engine."""
-    experts = run.model.moe.num_experts if run.model.moe else 1
-    layout = ExpertLayout(experts, ranks.expert_parallel_size, ranks.expert_rank, ranks.expert_group)
-    model = Transformer(run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance))
-    initialize(model, run.seed)
-    return Engine.start(run, model, ranks)
+    return Engine.start(run, build(run, ranks), ranks)
 
 
 def ranks_of(rank: int, world_size: int, expert_parallel_size: int, device: torch.device) -> Ranks:

@@ -17,13 +17,15 @@ LAYOUT = (
     "train.micro_batch_size",
     "train.activation_recomputation",
     "train.evaluate_every",
+    "train.guard",
     "parallel",
     "checkpoint",
     "logging",
     "deepspeed",
 )
-"""What may differ between a run and its continuation: how it is computed, not what. A micro-batch's size is part
-of what is trained where a capacity, a loss or the experts' own choice counts within it."""
+"""What may differ between a run and its continuation: how it is computed, not what, and what it is guarded against,
+so that a run that stopped for a bad step may go on without it. A micro-batch's size is part of what is trained where a
+capacity, a loss or the experts' own choice counts within it."""
 
 
 def check(run: RunConfig, data_fingerprint: str) -> Manifest | None:
@@ -35,12 +37,12 @@ def check(run: RunConfig, data_fingerprint: str) -> Manifest | None:
     if not found:
         started = run.folder / "recipe.yaml"
         if started.is_file():
-            _compare(load(RunConfig, started), run)
+            compare(load(RunConfig, started), run)
         return None
     folder = folders.step_folder(run.folder, found[-1])
     manifest = folders.read_manifest(folder)
     folders.verify(folder, manifest, {"recipe.yaml"})
-    _compare(load(RunConfig, folder / "recipe.yaml"), run)
+    compare(load(RunConfig, folder / "recipe.yaml"), run)
     if manifest.data_fingerprint != data_fingerprint:
         raise CheckpointError(
             f"{folder} was trained on other data than {run.data.path} holds now (fingerprint "
@@ -55,7 +57,8 @@ def check(run: RunConfig, data_fingerprint: str) -> Manifest | None:
     return manifest
 
 
-def _compare(saved: RunConfig, run: RunConfig) -> None:
+def compare(saved: RunConfig, run: RunConfig) -> None:
+    """Raise `CheckpointError` unless the two differ at most in how they are computed."""
     differences = _differences(saved, run)
     if differences:
         raise CheckpointError(

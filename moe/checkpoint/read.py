@@ -1,15 +1,15 @@
 """checkpoints/step_N -> the weights alone, on demand, whole, on any machine; no engine needed."""
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from moe.checkpoint import folder as folders
 from moe.checkpoint.folder import Manifest
+from moe.checkpoint.keys import Key
+from moe.checkpoint.unmapped import TensorFile
 from moe.config import RunConfig
 from moe.errors import CheckpointError
 from moe.model import Transformer
@@ -25,6 +25,12 @@ class SavedModel:
         self.run = run
         self.folder = folder
         self.manifest = manifest
+        self._files: dict[str, TensorFile] = {}
+        self._keys: dict[str, list[str]] = {}
+        """Parameter -> its keys, expert by expert."""
+        weights = [(key, Key.parse(key)) for key in manifest.tensors if key.startswith(_PREFIX)]
+        for text, key in sorted(weights, key=lambda pair: pair[1].expert or 0):
+            self._keys.setdefault(key.parameter, []).append(text)
 
     @property
     def step(self) -> int:
@@ -33,8 +39,7 @@ class SavedModel:
     @classmethod
     def open(cls, run_folder: Path, step: int | None = None) -> "SavedModel":
         """The checkpoint of `step` in a run's folder; None: the newest. Raises `CheckpointError`."""
-        if step is None or not (folders.step_folder(run_folder, step) / folders.MANIFEST).is_file():
-            step = _newest(run_folder, step)
+        step = chosen(run_folder, step)
         folder = folders.step_folder(run_folder, step)
         manifest = folders.read_manifest(folder)
         folders.verify(folder, manifest)
@@ -42,47 +47,40 @@ class SavedModel:
 
     def names(self) -> list[str]:
         """Logical parameter names, experts of a stacked parameter counted as one."""
-        return list(dict.fromkeys(_split(key)[0] for key in self._weight_keys()))
+        return list(self._keys)
 
-    def tensor(self, name: str) -> Tensor:
-        """A whole parameter, float32, on the CPU; stacked parameters are [E, ...]."""
-        keys = sorted((k for k in self._weight_keys() if _split(k)[0] == name), key=lambda k: _split(k)[1])
-        if not keys:
+    def pieces(self, name: str) -> Iterator[Tensor]:
+        """A parameter, float32, on the CPU: whole, or of a stacked one its experts in order. None is kept."""
+        if name not in self._keys:
             raise CheckpointError(f"{self.folder} has no parameter {name}.")
-        parts = [self._read(key) for key in keys]
-        return parts[0] if keys == [_PREFIX + name] else torch.stack(parts)
+        return map(self._read, self._keys[name])
 
     def into(self, model: Transformer) -> None:
         """Copy every weight and buffer into an unsharded model, in its dtype."""
         with torch.no_grad():
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                tensor.copy_(self.tensor(name))
-
-    def _weight_keys(self) -> Iterator[str]:
-        return (key for key in self.manifest.tensors if key.startswith(_PREFIX))
+                for index, piece in enumerate(self.pieces(name)):
+                    (tensor if piece.shape == tensor.shape else tensor[index]).copy_(piece)
 
     def _read(self, key: str) -> Tensor:
-        with safe_open(self.folder / self.manifest.tensors[key], framework="pt") as file:
-            tensor: Tensor = file.get_tensor(key)
-            return tensor
+        name = self.manifest.tensors[key].file
+        if name not in self._files:
+            self._files[name] = TensorFile(self.folder / name)
+        return self._files[name].read(key)
 
 
-def _newest(run_folder: Path, wanted: int | None) -> int:
+def chosen(run_folder: Path, step: int | None) -> int:
+    """`step`, if there is a checkpoint of it; None: the newest's. Raises `CheckpointError` naming those there are."""
+    if step is not None and (folders.step_folder(run_folder, step) / folders.MANIFEST).is_file():
+        return step
     found = folders.steps(run_folder)
     if not found:
         raise CheckpointError(
             f"{run_folder} holds no checkpoint: it must be the folder of a run that has saved one. "
             f"Give such a folder, or train first."
         )
-    if wanted is not None:
+    if step is not None:
         raise CheckpointError(
-            f"{run_folder} has no checkpoint of step {wanted}. It has {', '.join(map(str, found))}: use one of them."
+            f"{run_folder} has no checkpoint of step {step}. It has {', '.join(map(str, found))}: use one of them."
         )
     return found[-1]
-
-
-def _split(key: str) -> tuple[str, int]:
-    """(parameter, expert) of a weight's key; expert -1 for a parameter that is whole."""
-    match = re.fullmatch(r"weight/(.*?)(?:\[(\d+)\])?", key)
-    assert match is not None
-    return match[1], int(match[2]) if match[2] else -1

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from moe import optim
 from moe.engine.engine import Engine
 from moe.engine.groups import is_expert
-from moe.engine.partition import Home
+from moe.engine.partition import Home, show
 
 WEIGHT = "weight"
 STEPS_SINCE_USE = "steps_since_use"
@@ -26,7 +26,9 @@ def key(state: str, name: str, expert: int | None = None) -> str:
 
 
 def collect(engine: Engine) -> Iterator[tuple[str, Tensor]]:
-    """This rank's part of the state: (key, float32 CPU tensor). Collective: every rank runs through all of it.
+    """This rank's part of the state: (key, tensor), float32 and on the engine's device, true until the next step.
+
+    Collective: every rank runs through all of it.
 
     Replicated parameters are dealt out over all ranks; of the ranks that hold the same experts the first has
     them; buffers (selection biases) are equal everywhere and the first rank's. Together the parts are the whole
@@ -39,12 +41,12 @@ def collect(engine: Engine) -> Iterator[tuple[str, Tensor]]:
             if is_expert(parameter):
                 if ranks.expert_data_rank == 0:
                     for expert, tensor in zip(_local_experts(engine), whole, strict=True):
-                        yield key(state, name, expert), tensor.cpu().clone()
+                        yield key(state, name, expert), tensor
             elif ranks.rank == turn % ranks.world_size:
-                yield key(state, name), whole.cpu().clone()
+                yield key(state, name), whole
     if ranks.speaks:
         for name, buffer in engine.model.named_buffers():
-            yield key(WEIGHT, name), buffer.detach().cpu().clone()
+            yield key(WEIGHT, name), buffer.detach()
 
 
 def needed(engine: Engine) -> Iterator[tuple[nn.Parameter, str, list[str]]]:
@@ -59,21 +61,23 @@ def needed(engine: Engine) -> Iterator[tuple[nn.Parameter, str, list[str]]]:
 
 @torch.no_grad()
 def write(engine: Engine, parameter: nn.Parameter, state: str, value: Tensor) -> None:
-    """Set one state of one parameter from its full local float32 value."""
+    """Set one state of one parameter from its full local float32 value; `publish` must follow the last one."""
     value = value.to(engine.ranks.device)
     home = engine.homes[parameter]
-    _tensor(engine, home, state).view(-1)[home.here] = value.view(-1)[home.inside]
+    kept = _tensor(engine, home, state)
+    kept.view(-1)[home.here] = value.view(-1)[home.inside].to(kept.device)
     if state == WEIGHT:
-        parameter.copy_(value)  # in the model's dtype
+        show(parameter, value, home)
 
 
 @torch.no_grad()
 def prepare(engine: Engine, step: int) -> None:
     """Make room for moments as if `step` optimizer steps had been taken; torch makes it only at the first."""
-    base = _base(engine)
-    for group in base.param_groups:
-        for tensor in group["params"]:
-            base.state[tensor] = optim.fresh_state(group, tensor, step)
+    state, done = _base(engine).state, set[Tensor]()
+    for home in engine.homes.values():
+        if home.tensor not in done:
+            state[home.tensor] = optim.fresh_state(home.group, home.tensor, step)
+            done.add(home.tensor)
 
 
 def _states(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:
@@ -86,10 +90,11 @@ def _read(engine: Engine, parameter: nn.Parameter, state: str) -> Tensor:
     kept = _tensor(engine, home, state)
     if home.ranks is None:
         return kept
-    whole = torch.zeros(parameter.numel(), dtype=kept.dtype, device=kept.device)
-    whole[home.inside] = kept[home.here]
-    dist.all_reduce(whole, group=home.ranks)
-    return whole.view_as(parameter)
+    # On the ranks' device, where their collectives run, also if it is kept in host memory.
+    whole = torch.zeros(home.numel, dtype=kept.dtype, device=engine.ranks.device)
+    whole[home.inside] = kept[home.here].to(whole.device)
+    dist.all_reduce(whole.view(torch.int32), group=home.ranks)  # as floats -0.0 + 0.0 would lose its sign
+    return whole.view(home.shape)
 
 
 def _tensor(engine: Engine, home: Home, state: str) -> Tensor:

@@ -2,6 +2,7 @@
 
 from moe.config.base import Section
 from moe.config.cautions import cautions
+from moe.config.guard import GuardConfig
 from moe.config.model import AttentionConfig, ModelConfig, MoEConfig
 from moe.config.rules import check_data, check_world
 from moe.config.run import (
@@ -21,6 +22,7 @@ __all__ = [
     "BalanceConfig",
     "CheckpointConfig",
     "DataConfig",
+    "GuardConfig",
     "LoggingConfig",
     "MoEConfig",
     "ModelConfig",

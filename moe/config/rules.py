@@ -4,7 +4,9 @@ import math
 from typing import Protocol
 
 from moe.config.base import refuse
+from moe.config.guard import guard_faults
 from moe.config.run import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from moe.config.sequence import sequence_faults, sequence_sizes
 from moe.config.shape import choice, divisors, shape_faults
 
 
@@ -16,10 +18,15 @@ def check(run: RunConfig) -> None:
             *_sequence(run),
             *_optimizer(run),
             *_schedule(run),
+            *guard_faults(
+                run.train.guard, steps=run.train.steps, checkpoint_every=run.checkpoint.every_steps
+            ),
             *_batch(run),
             *_recomputation(run),
             *_parallel(run),
+            *sequence_faults(run),
             *_balance(run),
+            *_checkpoint(run),
         ]
     )
 
@@ -44,13 +51,22 @@ def check_world(run: RunConfig, world_size: int) -> int:
             f"{_ranks(world_size)}: expert-parallel groups must fill them evenly. "
             f"Use {choice(fitting)}, or start a multiple of {ep} ranks."
         )
-    train = run.train
-    per_pass = train.micro_batch_size * world_size
-    if train.global_batch_size % per_pass:
+    train, sharing = run.train, run.parallel.sequence_parallel_size
+    if world_size % sharing:
+        fitting = [size for size in sequence_sizes(run) if world_size % size == 0]
         faults.append(
-            f"train.global_batch_size is {train.global_batch_size}, but {_ranks(world_size)} x "
+            f"parallel.sequence_parallel_size is {sharing}, but there {'is' if world_size == 1 else 'are'} "
+            f"{_ranks(world_size)}: the groups that share sequences must fill them evenly. "
+            f"Use {choice(fitting)}, or start a multiple of {sharing} ranks."
+        )
+        refuse(faults)
+    per_pass = train.micro_batch_size * world_size // sharing
+    if train.global_batch_size % per_pass:
+        shared = f" / parallel.sequence_parallel_size {sharing}" if sharing > 1 else ""
+        faults.append(
+            f"train.global_batch_size is {train.global_batch_size}, but {_ranks(world_size)}{shared} x "
             f"train.micro_batch_size {train.micro_batch_size} = {per_pass} sequences a pass: the batch must be "
-            f"a multiple of it. Use a multiple of {per_pass}, or {_instead(run, world_size)}."
+            f"a multiple of it. Use a multiple of {per_pass}, or {_instead(run, world_size // sharing)}."
         )
     refuse(faults)
     return train.global_batch_size // per_pass
@@ -60,16 +76,13 @@ def _ranks(number: int) -> str:
     return f"{number} rank{'' if number == 1 else 's'}"
 
 
-def _instead(run: RunConfig, world_size: int) -> str:
-    """What would fit the same batch: a smaller micro-batch, where ranks divide it at all, or other ranks."""
-    batch, micro, ep = (
-        run.train.global_batch_size,
-        run.train.micro_batch_size,
-        run.parallel.expert_parallel_size,
-    )
-    if batch % world_size == 0:
-        return f"a train.micro_batch_size of {choice(divisors(batch // world_size))}"
-    fitting = [ranks for ranks in divisors(batch // micro) if ranks % ep == 0]
+def _instead(run: RunConfig, groups: int) -> str:
+    """What would fit the same batch: a smaller micro-batch, where groups divide it at all, or other ranks."""
+    batch, micro, parallel = run.train.global_batch_size, run.train.micro_batch_size, run.parallel
+    if batch % groups == 0:
+        return f"a train.micro_batch_size of {choice(divisors(batch // groups))}"
+    ranks = [groups * parallel.sequence_parallel_size for groups in divisors(batch // micro)]
+    fitting = [number for number in ranks if number % parallel.expert_parallel_size == 0]
     return f"another number of ranks ({choice(fitting)})" if fitting else "another number of ranks"
 
 
@@ -175,10 +188,37 @@ def _parallel(run: RunConfig) -> list[str]:
         )
     if parallel.dispatch == "deepep":
         faults += _deepep(run)
+    faults += _zero(run)
     if parallel.zero_stage == 0 and run.train.precision == "bf16":
         faults.append(
             "parallel.zero_stage is 0 with train.precision bf16: DeepSpeed then leaves experts out of the "
             "gradient norm and keeps no float32 master in step with the rest. Use zero_stage 1, or fp32."
+        )
+    return faults
+
+
+def _zero(run: RunConfig) -> list[str]:
+    """Stages and offload that cannot go together, or that DeepSpeed cannot do."""
+    stage, offload, faults = run.parallel.zero_stage, run.parallel.offload, []
+    if stage == 3 and run.train.optimizer.kind == "muon":
+        faults.append(
+            "parallel.zero_stage is 3 with train.optimizer.kind muon: stage 3 cuts every matrix into pieces, and Muon "
+            "needs whole ones. Use zero_stage 2, or kind adamw."
+        )
+    if offload != "none" and stage == 0:
+        faults.append(
+            f"parallel.offload is {offload}, but parallel.zero_stage is 0: DeepSpeed offloads what it partitions, and "
+            f"that is nothing. Use zero_stage 1, or offload none."
+        )
+    if offload == "all" and stage in (1, 2):
+        faults.append(
+            f"parallel.offload is all, but parallel.zero_stage is {stage}: only stage 3 can keep parameters elsewhere "
+            f"while they are not used. Use zero_stage 3, or offload optimizer."
+        )
+    if offload != "none" and run.train.optimizer.kind == "muon":
+        faults.append(
+            f"parallel.offload is {offload} with train.optimizer.kind muon: its matrix products would run on the host. "
+            f"Use kind adamw, or offload none."
         )
     return faults
 
@@ -254,3 +294,24 @@ def _equal_loads(balance: BalanceConfig, chosen: str) -> list[str]:
         for key, none in off.items()
         if getattr(balance, key)
     ]
+
+
+def _checkpoint(run: RunConfig) -> list[str]:
+    every, keep, milestone = (
+        run.checkpoint.every_steps,
+        run.checkpoint.keep,
+        run.checkpoint.keep_every,
+    )
+    if milestone is None:
+        return []
+    if keep is None:
+        return [
+            f"checkpoint.keep_every is {milestone}, but checkpoint.keep is null: all are kept, so it has no effect. "
+            f"Set checkpoint.keep, or remove checkpoint.keep_every."
+        ]
+    if every is None or milestone % every:
+        return [
+            f"checkpoint.keep_every is {milestone}, but checkpoint.every_steps is {every}: milestones must be steps "
+            f"that are saved. Use a multiple of checkpoint.every_steps, and set that."
+        ]
+    return []

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, model_validator
 
 from moe.config.base import Count, PathText, Section, Size
+from moe.config.guard import GuardConfig
 from moe.config.model import Fraction, ModelConfig, Precision
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -14,11 +15,11 @@ Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
 def _whole(value: Any) -> Any:
     """Literal compares equal: it takes 1.0 and true for 1."""
     if isinstance(value, bool | float):
-        raise ValueError("it must be 0, 1 or 2, without a fraction")
+        raise ValueError("it must be 0, 1, 2 or 3, without a fraction")
     return value
 
 
-ZeroStage = Annotated[Literal[0, 1, 2], BeforeValidator(_whole)]
+ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole)]
 
 
 class DataConfig(Section):
@@ -77,15 +78,22 @@ class TrainConfig(Section):
     """Steps between evaluations on the validation split; null: none during training."""
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
+    guard: GuardConfig = GuardConfig()
 
 
 class ParallelConfig(Section):
     expert_parallel_size: Size = 1
     """Ranks that share the experts of a layer; consecutive ranks form a group."""
+    sequence_parallel_size: Size = 1
+    """Ranks that share each sequence, every one with a part of its positions; around attention they exchange them for
+    heads (Ulysses, arXiv:2309.14509). Consecutive ranks form a group."""
     dispatch: Literal["all_to_all", "deepep"] = "all_to_all"
     """How tokens travel to their experts: torch's all-to-all, or DeepEP's kernels where they are installed."""
     zero_stage: ZeroStage = 1
-    """What DeepSpeed ZeRO partitions: nothing, optimizer states, gradients too (arXiv:1910.02054)."""
+    """What DeepSpeed ZeRO partitions: nothing, optimizer states, gradients too, parameters too (arXiv:1910.02054)."""
+    offload: Literal["none", "optimizer", "all"] = "none"
+    """What waits in host memory and is stepped there: nothing, the optimizer (arXiv:2101.06840; ZeRO 1 to 3), or
+    parameters too (arXiv:2104.07857; ZeRO 3)."""
     timeout_minutes: Annotated[float, Field(ge=0.1, le=10_080)] = 10.0
     """How long a collective may wait before the run fails."""
 
@@ -118,6 +126,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; null: only at the end and when stopped."""
     keep: Size | None = None
     """Newest checkpoints to keep; null: all."""
+    keep_every: Size | None = None
+    """Keep those of every such number of steps for good, beside the newest; with keep only."""
+    asynchronous: bool = True
+    """Go on training from a copy's being taken, while a thread writes it; false: wait until it is written."""
 
 
 class LoggingConfig(Section):

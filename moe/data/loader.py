@@ -3,7 +3,8 @@
 The split's documents lie end to end; sample i is tokens [i S, (i + 1) S] of them, S = sequence_length and one
 more to predict. Sample j of step s is number s G + j, G = global_batch_size, of an endless row of epochs, each a
 permutation of all samples; rank r of W takes j in [r G / W, (r + 1) G / W). Hence neither the number of ranks
-nor the size of micro-batches changes what a step sees, and a run goes on at any step at once.
+nor the size of micro-batches changes what a step sees, and a run goes on at any step at once. Ranks that share
+sequences are one such r together; each takes its own positions of the same rows.
 
 Suffixes: B sequences of a micro-batch, S tokens of a sequence, N tokens.
 """
@@ -23,6 +24,7 @@ import xxhash
 from moe.data.shards import TokenData
 from moe.errors import DataError
 
+WHOLE = slice(None)
 _PREFETCHED_STEPS = 2
 
 
@@ -39,6 +41,10 @@ class Batch:
         """Positions that count."""
         return int(self.mask_BS.sum())
 
+    def part(self, positions: slice) -> "Batch":
+        """Some positions of every row; a label goes with its token, so nothing is lost between parts."""
+        return Batch(*(tensor[:, positions].contiguous() for tensor in vars(self).values()))
+
 
 def train_batches(
     data: TokenData,
@@ -50,8 +56,9 @@ def train_batches(
     world_size: int,
     seed: int,
     start_step: int,
+    positions: slice = WHOLE,
 ) -> Iterator[tuple[Batch, ...]]:
-    """For each optimizer step from `start_step` on, without end, the micro-batches of `rank`.
+    """For each optimizer step from `start_step` on, without end, the micro-batches of `rank`, `positions` of them.
 
     A step has global_batch_size / world_size / micro_batch_size of them, every position counting. The next steps
     are read in the background; closing the iterator ends that. Raises `DataError` if the training split is
@@ -66,7 +73,7 @@ def train_batches(
             f"{sequence_length} needs {sequence_length + 1}. Use shorter sequences, or prepare more text."
         )
     order = _grain().MapDataset.source(samples).shuffle(seed=_shuffle_seed(seed)).repeat()
-    steps = _Steps(order, rank, world_size, global_batch_size, micro_batch_size)
+    steps = _Steps(order, rank, world_size, global_batch_size, micro_batch_size, positions)
     return _prefetched(steps, start_step)
 
 
@@ -77,15 +84,17 @@ def validation_batches(
     batch_size: int,
     rank: int,
     world_size: int,
+    positions: slice = WHOLE,
     max_tokens: int | None = None,
 ) -> Iterator[Batch]:
     """The share of `rank` in the validation split: over all ranks, each predicted token counts once.
 
     The last row is filled with pad tokens that do not count. Every rank gets the same number of batches, some
-    of them without a position that counts. `max_tokens` keeps only so many predictions from the beginning.
+    of them without a position that counts. `positions` are those of each row that are wanted; `max_tokens` keeps
+    only so many predictions from the beginning.
     """
     samples = _Samples(data, "validation", sequence_length, tail=True, max_predictions=max_tokens)
-    return _prefetched(_ValidationBatches(samples, batch_size, rank, world_size), 0)
+    return _prefetched(_ValidationBatches(samples, batch_size, rank, world_size, positions), 0)
 
 
 class _Samples:
@@ -132,8 +141,9 @@ class _Steps:
         world_size: int,
         global_batch_size: int,
         micro_batch_size: int,
+        positions: slice,
     ) -> None:
-        self._order, self._rank = order, rank
+        self._order, self._rank, self._positions = order, rank, positions
         self._global, self._micro = global_batch_size, micro_batch_size
         self._local = global_batch_size // world_size
 
@@ -143,14 +153,17 @@ class _Steps:
     def __getitem__(self, step: int) -> tuple[Batch, ...]:
         first = step * self._global + self._rank * self._local
         starts = range(first, first + self._local, self._micro)
-        return tuple(_batch([self._order[i] for i in range(at, at + self._micro)]) for at in starts)
+        rows = ([self._order[i] for i in range(at, at + self._micro)] for at in starts)
+        return tuple(_batch(here).part(self._positions) for here in rows)
 
 
 class _ValidationBatches:
     """Number of a pass over all ranks -> this rank's batch in it."""
 
-    def __init__(self, samples: _Samples, batch_size: int, rank: int, world_size: int) -> None:
-        self._samples, self._size = samples, batch_size
+    def __init__(
+        self, samples: _Samples, batch_size: int, rank: int, world_size: int, positions: slice
+    ) -> None:
+        self._samples, self._size, self._positions = samples, batch_size, positions
         self._rank, self._world = rank, world_size
 
     def __len__(self) -> int:
@@ -158,7 +171,7 @@ class _ValidationBatches:
 
     def __getitem__(self, index: int) -> Batch:
         first = (index * self._world + self._rank) * self._size
-        return _batch([self._samples[i] for i in range(first, first + self._size)])
+        return _batch([self._samples[i] for i in range(first, first + self._size)]).part(self._positions)
 
 
 def _batch(rows: list[tuple[np.typing.NDArray[np.int64], int]]) -> Batch:

@@ -4,10 +4,11 @@ import difflib
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
+import torch
 from pydantic import BeforeValidator, Field
 
 from moe.config import RunConfig, Section
-from moe.config.base import LARGEST, faults, refuse
+from moe.config.base import LARGEST, Count, faults, refuse
 
 
 def _integral(value: Any) -> Any:
@@ -27,6 +28,13 @@ class ZeroSection(Section):
     overlap_comm: bool = False
     round_robin_gradients: bool = False
     ignore_unused_parameters: bool = True
+    sub_group_size: Bucket = 1_000_000_000
+    """ZeRO 3: elements that the optimizer steps at a time."""
+    stage3_param_persistence_threshold: Count = 100_000
+    """ZeRO 3: parameters of at most so many elements stay whole on every rank."""
+    stage3_prefetch_bucket_size: Bucket = 50_000_000
+    stage3_max_live_parameters: Bucket = 1_000_000_000
+    stage3_max_reuse_distance: Bucket = 1_000_000_000
 
 
 class CommsLoggerSection(Section):
@@ -64,6 +72,9 @@ OURS = {
     "scheduler": "train.schedule",
     "bf16": "train.precision",
     "zero_optimization.stage": "parallel.zero_stage",
+    "zero_optimization.offload_optimizer": "parallel.offload",
+    "zero_optimization.offload_param": "parallel.offload",
+    "data_types": "train.precision",
     "tensorboard": "logging.tensorboard",
 }
 """DeepSpeed's keys that follow from our settings."""
@@ -79,18 +90,48 @@ FIXED = {
 """DeepSpeed's keys that would break the training, or crash it at the first step (seen with 0.19.8)."""
 
 
+ONLY_UNDER = {
+    **dict.fromkeys(
+        (
+            "use_multi_rank_bucket_allreduce",
+            "allgather_partitions",
+            "allgather_bucket_size",
+            "round_robin_gradients",
+            "ignore_unused_parameters",
+        ),
+        (1, 2),
+    ),
+    **dict.fromkeys(
+        (
+            "sub_group_size",
+            "stage3_param_persistence_threshold",
+            "stage3_prefetch_bucket_size",
+            "stage3_max_live_parameters",
+            "stage3_max_reuse_distance",
+        ),
+        (3,),
+    ),
+    **dict.fromkeys(("reduce_bucket_size", "overlap_comm"), (1, 2, 3)),
+}
+"""Keys of zero_optimization and the stages that read them."""
+
+
 def make(run: RunConfig, accumulation: int) -> dict[str, Any]:
     """The configuration for `deepspeed.initialize`."""
-    check(run.deepspeed)
     stage = run.parallel.zero_stage
+    check(run.deepspeed, stage)
     made: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": run.train.micro_batch_size,
         "gradient_accumulation_steps": accumulation,
         # DeepSpeed averages local norms under stage 0 with expert parallelism (DeepSpeed#8475): we clip there.
         "gradient_clipping": run.train.optimizer.gradient_clipping if stage else 0.0,
-        "zero_optimization": {"stage": stage},
+        "zero_optimization": {"stage": stage, **_offload(run.parallel.offload)},
         "zero_allow_untested_optimizer": True,
+        # Ours steps host memory with torch's fused kernel; DeepSpeed's own takes minutes to compile.
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": run.train.precision == "bf16"},
+        # Micro-batches add up in float32 also where gradients are made in bf16.
+        "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": None,
     }
     for key, value in run.deepspeed.items():
@@ -98,10 +139,16 @@ def make(run: RunConfig, accumulation: int) -> dict[str, Any]:
     return made
 
 
-def check(section: dict[str, Any]) -> None:
+def _offload(offload: str) -> dict[str, Any]:
+    place = {"device": "cpu", "pin_memory": torch.cuda.is_available()}
+    blocks = {"none": (), "optimizer": ("offload_optimizer",), "all": ("offload_optimizer", "offload_param")}
+    return dict.fromkeys(blocks[offload], place)
+
+
+def check(section: dict[str, Any], stage: int) -> None:
     """Raise `ConfigError` for keys that DeepSpeed would ignore in silence or that contradict our settings.
 
-    And for values that it would stumble over later.
+    And for keys that have no effect under this ZeRO `stage`, and values that it would stumble over later.
     """
     known: dict[str, Any] = {}
     strange: list[str] = []
@@ -114,9 +161,19 @@ def check(section: dict[str, Any]) -> None:
                 _unknown(f"{key}.{k}", [f"{key}.{i}" for i in inner]) for k in value if k not in inner
             ]
             known[key] = {k: v for k, v in value.items() if k in inner}
+            if key == "zero_optimization":
+                strange += [_elsewhere(k, stage) for k in known[key] if stage not in ONLY_UNDER[k]]
         else:
             known[key] = value
     refuse(strange + faults(_Page, {"deepspeed": known}))
+
+
+def _elsewhere(key: str, stage: int) -> str:
+    stages = " or ".join(map(str, ONLY_UNDER[key]))
+    return (
+        f"deepspeed.zero_optimization.{key} is set, but parallel.zero_stage is {stage}, which does not read it, so it "
+        f"has no effect. Remove it, or use zero_stage {stages}."
+    )
 
 
 def _unknown(key: str, known: Iterable[str]) -> str:

@@ -15,7 +15,7 @@ from moe.sparse import SparseMoE
 
 from deepspeed.checkpoint.autoep_affine import legacy_uniform_autoep_placement_descriptor  # isort: skip
 from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer  # isort: skip
-from deepspeed.utils import groups  # isort: skip
+from deepspeed.utils import groups, set_z3_leaf_module  # isort: skip
 
 
 class ExpertParallelMoE(SparseMoE, AutoEPMoELayer):
@@ -45,6 +45,16 @@ def adopt(model: nn.Module) -> None:
             _adopt(module)
 
 
+def partition_experts_by_group(model: nn.Module) -> None:
+    """Make ZeRO 3 cut experts up among the ranks that hold the same ones, not among all. Collective."""
+    for layer in model.modules():
+        if isinstance(layer, ExpertParallelMoE):
+            layer.set_deepspeed_parallelism()
+            ranks = groups._get_expert_data_parallel_group(layer.ep_group_name)
+            for parameter in layer.experts.parameters():
+                parameter.ds_zero_partition_process_group = ranks  # type: ignore[attr-defined]  # DeepSpeed's mark
+
+
 def _adopt(layer: SparseMoE) -> None:
     layout = layer.layout
     layer.__class__ = ExpertParallelMoE
@@ -62,6 +72,9 @@ def _adopt(layer: SparseMoE) -> None:
         "ds_zero_partition_group_name": layer.ep_group_name,
         "is_expert_group": True,
     }
+    # ZeRO 3 then gathers the whole layer when it is entered, forward and backward. Its inner modules pass dataclasses
+    # on, in which DeepSpeed's hooks see no tensor, and would find their weights gone in backward.
+    set_z3_leaf_module(layer, True)
     for parameter in layer.experts.parameters():
         for name, value in marks.items():
             setattr(parameter, name, value)

@@ -3,7 +3,7 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
-from math import prod
+from math import isfinite, prod
 from typing import TYPE_CHECKING
 
 from moe.config import ModelConfig
@@ -13,8 +13,8 @@ from moe.hf.families import Family, Name, sizes
 if TYPE_CHECKING:
     import torch
 
-    Read = Callable[[str], torch.Tensor]
-    """Logical name -> the full float32 tensor on CPU."""
+    Read = Callable[[str], Iterator[torch.Tensor]]
+    """Logical name -> float32 tensors on CPU: the experts of a stacked one in order, or the whole of any other."""
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,27 @@ class Move:
     disk: tuple[str, ...]
     disk_shape: tuple[int, ...]
     """The shape of each of `disk`; they are equal."""
+    stacked: bool
+    """Whether it is read expert by expert."""
 
     @property
     def numel(self) -> int:
         return prod(self.shape)
 
-    def split(self, tensor: "torch.Tensor") -> Iterator[tuple[str, "torch.Tensor"]]:
-        """Ours -> disk names and views of their rows."""
-        yield from zip(self.disk, tensor.reshape(len(self.disk), *self.disk_shape).unbind(0), strict=True)
+    @property
+    def num_pieces(self) -> int:
+        """How many tensors it is read as."""
+        return self.shape[0] if self.stacked else 1
+
+    @property
+    def piece_shape(self) -> tuple[int, ...]:
+        return self.shape[1:] if self.stacked else self.shape
+
+    def split(self, number: int, piece: "torch.Tensor") -> Iterator[tuple[str, "torch.Tensor"]]:
+        """Piece `number` of ours -> disk names and views of their rows."""
+        each = len(self.disk) // self.num_pieces
+        names = self.disk[number * each : (number + 1) * each]
+        yield from zip(names, piece.reshape(each, *self.disk_shape).unbind(0), strict=True)
 
     def join(self, parts: list["torch.Tensor"]) -> "torch.Tensor":
         """The undoing of `split`: the tensors of `disk`, in order -> ours."""
@@ -76,25 +89,26 @@ def check_names(plan: list[Move], names: Collection[str]) -> None:
 
 
 def disk_tensors(plan: list[Move], read: "Read") -> Iterator[tuple[str, "torch.Tensor"]]:
-    """Disk names and float32 tensors in the order of the plan, reading each logical tensor once.
+    """Disk names and float32 tensors in the order of the plan, reading each piece of a logical tensor once.
 
-    The tensors are views of the one just read. Raises `ExportError`: another shape than the recipe's, or values
-    that are not finite.
+    The tensors are views of the piece just read; nothing else is held. Raises `ExportError`: another shape than the
+    recipe's, or values that are not finite.
     """
-    import torch
-
     for move in plan:
-        tensor = read(move.ours)
-        if tuple(tensor.shape) != move.shape:
-            raise ExportError(
-                f"{move.ours} is saved with shape {list(tensor.shape)}, but the recipe makes it "
-                f"{list(move.shape)}. Export it with the recipe it was trained with."
-            )
-        if not torch.isfinite(tensor).all():
-            raise ExportError(
-                f"{move.ours} holds values that are not finite: the run diverged. Export an earlier --step."
-            )
-        yield from move.split(tensor)
+        number = 0
+        for piece in read(move.ours):
+            if number == move.num_pieces or tuple(piece.shape) != move.piece_shape:
+                raise _misshapen(move, number + 1, tuple(piece.shape))
+            # Of all reductions this one needs no second tensor of that size, and it hands NaN on.
+            if not all(isfinite(extreme) for extreme in piece.aminmax()):
+                raise ExportError(
+                    f"{move.ours} holds values that are not finite: the run diverged. Export an earlier --step."
+                )
+            yield from move.split(number, piece)
+            number += 1
+            del piece  # else it would be held while the next is read
+        if number < move.num_pieces:
+            raise _misshapen(move, number, move.piece_shape)
 
 
 def _move(name: Name, model: ModelConfig, layer: int) -> Move:
@@ -104,7 +118,15 @@ def _move(name: Name, model: ModelConfig, layer: int) -> Move:
     experts = range(shape[0] if per_expert else 1)
     disk = tuple(key.format(layer=layer, expert=expert) for expert in experts for key in name.disk)
     rows, *columns = shape[1:] if per_expert else shape
-    return Move(name.ours.format(layer=layer), shape, disk, (rows // len(name.disk), *columns))
+    return Move(name.ours.format(layer=layer), shape, disk, (rows // len(name.disk), *columns), per_expert)
+
+
+def _misshapen(move: Move, pieces: int, shape: tuple[int, ...]) -> ExportError:
+    found = [pieces, *shape] if move.stacked else list(shape)
+    return ExportError(
+        f"{move.ours} is saved with shape {found}, but the recipe makes it {list(move.shape)}. "
+        f"Export it with the recipe it was trained with."
+    )
 
 
 def _few(names: list[str]) -> str:

@@ -89,17 +89,51 @@ def verify(
 def our_logits(
     model: ModelConfig, read: "Read", input_ids_BS: "torch.Tensor", dtype: Dtype = "fp32"
 ) -> "torch.Tensor":
-    """Logits of our `Transformer`, float32 [B, S, V], on weights rounded to `dtype`."""
+    """Logits of our `Transformer`, float32 [B, S, V], on weights rounded to `dtype`.
+
+    It is its own forward pass, but each of its parts gets weights just before it runs, in memory that all parts of
+    that shape share: one layer is held, not the model.
+    """
     import torch
 
     from moe.model.transformer import Transformer
 
-    transformer = Transformer(model)
+    with torch.device("meta"):
+        transformer = Transformer(model).eval()
+    parts: dict[str, torch.nn.Module] = {"embed": transformer.embed, "norm": transformer.norm}
+    parts |= {f"layers.{index}": layer for index, layer in enumerate(transformer.layers)}
+    memory: dict[tuple[str, torch.Size], torch.Tensor] = {}
+    for name, part in parts.items():
+        _fill_before(part, name, read, dtype, memory)
+    _fill_before(transformer.head, "embed" if model.tie_embeddings else "head", read, dtype, memory)
     with torch.inference_mode():
-        for name, parameter in transformer.named_parameters():
-            parameter.copy_(read(name).to(getattr(torch, TORCH_NAMES[dtype])))
-        logits_BSV: torch.Tensor = transformer.float().eval()(input_ids_BS)
-        return logits_BSV.float()
+        logits_BSV: torch.Tensor = transformer(input_ids_BS)
+    return logits_BSV
+
+
+def _fill_before(
+    part: "torch.nn.Module",
+    prefix: str,
+    read: "Read",
+    dtype: Dtype,
+    memory: dict[tuple[str, "torch.Size"], "torch.Tensor"],
+) -> None:
+    """Have `part`, made on the meta device, take its weights into `memory` whenever it is about to run."""
+    import torch
+
+    def fill(_part: torch.nn.Module, _inputs: object) -> None:
+        weights = part.state_dict()
+        for name, missing in weights.items():
+            place = (name, missing.shape)
+            if place not in memory:  # malloc would not find room in what a layer before has given back
+                memory[place] = torch.empty(missing.shape)
+            weights[name] = memory[place]
+            for index, piece in enumerate(read(f"{prefix}.{name}")):
+                here = weights[name] if piece.shape == missing.shape else weights[name][index]
+                here.copy_(piece.to(getattr(torch, TORCH_NAMES[dtype])))
+        part.load_state_dict(weights, assign=True)
+
+    part.register_forward_pre_hook(fill)
 
 
 def save_reference(path: Path, model: ModelConfig, read: "Read", dtype: Dtype) -> None:

@@ -17,6 +17,7 @@ from moe.hf.convert import Move, check_names, disk_tensors, moves
 from moe.hf.families import Family
 from moe.hf.match import family_of
 from moe.hf.pages import TORCH_NAMES, Dtype, card, config_page, generation_page, special_tokens
+from moe.hf.stream import write_tensors
 
 if TYPE_CHECKING:
     from moe.hf.convert import Read
@@ -74,9 +75,8 @@ def write(
 ) -> Written:
     """Write weights, settings, tokenizer and card into the existing `folder`.
 
-    `names` are the saved logical names and `read` fetches one as float32; a shard of `max_shard_size` bytes and
-    one logical tensor are held at a time. Raises `ExportError`: no stock architecture, names or shapes that are
-    not the recipe's, no tokenizer.
+    `names` are the saved logical names and `read` fetches one as float32, piece by piece; one piece is held at a
+    time. Raises `ExportError`: no stock architecture, names or shapes that are not the recipe's, no tokenizer.
     """
     family = family_of(run.model)
     plan = moves(family, run.model)
@@ -132,24 +132,13 @@ def _write_weights(
     folder: Path, plan: list[Move], read: "Read", dtype: Dtype, max_shard_size: int
 ) -> tuple[str, ...]:
     import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
 
     stream = disk_tensors(plan, read)
     files = shards(plan, dtype, max_shard_size)
+    shapes = {key: move.disk_shape for move in plan for key in move.disk}
     for file, keys in files.items():
-        held: dict[str, torch.Tensor] = {}
-        for expected in keys:
-            key, tensor = next(stream)
-            if key != expected:
-                raise ExportError(f"{file}: {key} came where {expected} was planned; nothing was exported.")
-            held[key] = tensor.to(getattr(torch, TORCH_NAMES[dtype]), copy=True).contiguous()
-        try:
-            save_file(held, folder / file, metadata={"format": "pt"})
-        except SafetensorError as error:  # how it says that the disk is full
-            raise OSError(str(error)) from None
-        # safetensors makes files that only their owner can read; the folder knows the user's umask.
-        (folder / file).chmod(folder.stat().st_mode & 0o666)
+        here = {key: shapes[key] for key in keys}
+        write_tensors(folder / file, here, getattr(torch, TORCH_NAMES[dtype]), stream)
     if (left := next(stream, None)) is not None:
         raise ExportError(f"{left[0]} was left over; nothing was exported.")
     if len(files) > 1:

@@ -28,9 +28,24 @@ and, of a model with sparse layers, over the global batch of that step and its u
 | ... `log_sum_exp_max` | largest log of a token's summed exponentiated logits |
 | ... `bias_min`, `bias_max` | range of the selection biases that routed the step; with them only |
 
-One of an evaluation has `step`, `validation_loss` (nats per token) and `bits_per_byte`. TensorBoard gets every
-number, those of a layer as `NAME/layer_0`, `NAME/layer_1`, and so on. `moe.sparse.health` and `moe.sparse.balance`
-hold the definitions and their sources.
+Where `train.guard` lets steps be skipped, a training step has `skipped_steps` too, those so far. A skipped step has a
+record of its own, whenever it comes, instead of that of a training step:
+
+| key | |
+|---|---|
+| `step`, `skipped` | the step, and why it was skipped, in words |
+| `skipped_loss`, `skipped_grad_norm` | its values, as `loss` and `grad_norm`; those that are finite |
+| `skipped_in_a_row`, `skipped_steps` | skipped steps up to this one: without a step between, and in all |
+
+A roll-back has `step`, `rolled_back_to` (the checkpoint's step), `skipped_steps` (with those it undid) and `roll_backs`
+(so far); records of what it undid are dropped, but for those of skipped steps. Training that ends because it diverged
+has `step` and `stopped`, the error, as its last record.
+
+One of an evaluation has `step`, `validation_loss` (nats per token) and `bits_per_byte`. One of a checkpoint has
+`step`, `checkpoint_bytes`, `checkpoint_held_seconds` (for which training stood still) and `checkpoint_write_seconds`
+(in which it was hashed, written and synced); it comes when the save is complete, which may be after later steps.
+TensorBoard gets every number, those of a layer as `NAME/layer_0`, `NAME/layer_1`, and so on. `moe.sparse.health` and
+`moe.sparse.balance` hold the definitions and their sources.
 """
 
 from moe.metrics.meter import Meter

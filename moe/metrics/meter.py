@@ -57,18 +57,38 @@ class Meter:
         """Whether `step` (from 1) gets a record; the same on all ranks."""
         return step % self._run.logging.every_steps == 0 or step == self._run.train.steps
 
-    def step(self, result: Result, *, step: int, tokens: int, unused: Tensor | None = None) -> None:
+    def step(
+        self, result: Result, *, step: int, tokens: int, unused: Tensor | None = None, skipped: int = 0
+    ) -> None:
         """Count the step that brought the run to `step` and `tokens`; write its record if one is due.
 
-        `unused`: int64 [L, E], the steps since each expert had a token.
+        `unused`: int64 [L, E], the steps since each expert had a token. `skipped`: steps so far that were.
         """
         self._steps += 1
         if not self.due(step):
             return
         record = {"step": step, "tokens": tokens, **self._record(result, unused)}
+        if self._run.train.guard.skips:
+            record["skipped_steps"] = skipped
         if self._tracker is not None:
             self._tracker.log(record)
         self._began, self._steps = time.perf_counter(), 0
+
+    def skipped(self, result: Result, fault: str, *, step: int, in_a_row: int, skipped: int) -> None:
+        """Count the step that brought the run to `step` without changing it, and record why."""
+        self._steps += 1
+        if self._tracker is not None:
+            values = {"skipped_loss": result.cross_entropy, "skipped_grad_norm": result.gradient_norm}
+            # JSON has no NaN.
+            known = {name: float(value) for name, value in values.items() if value.isfinite()}
+            counts = {"skipped_in_a_row": in_a_row, "skipped_steps": skipped}
+            self._tracker.skipped({"step": step, "skipped": fault, **known, **counts})
+
+    def rolled_back(self, good: int, *, step: int, skipped: int, times: int) -> None:
+        """Record that the run, at `step`, has the weights of checkpoint `good`; what was learned since then is gone."""
+        if self._tracker is not None:
+            counts = {"skipped_steps": skipped, "roll_backs": times}
+            self._tracker.rolled_back({"step": step, "rolled_back_to": good, **counts})
 
     @contextmanager
     def stopped(self) -> Iterator[None]:

@@ -3,5 +3,6 @@
 from moe.model.count import Count, count, kept_by_experts
 from moe.model.init import initialize
 from moe.model.transformer import ModelOutput, Transformer
+from moe.model.ulysses import SequenceGroup
 
-__all__ = ["Count", "ModelOutput", "Transformer", "count", "initialize", "kept_by_experts"]
+__all__ = ["Count", "ModelOutput", "SequenceGroup", "Transformer", "count", "initialize", "kept_by_experts"]

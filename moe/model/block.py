@@ -9,6 +9,7 @@ from moe.config import ModelConfig
 from moe.model.attention import Attention
 from moe.model.norm import RMSNorm
 from moe.model.rope import Rotation
+from moe.model.ulysses import SequenceGroup
 from moe.sparse import Capacity, Dispatcher, ExpertLayout, Jitter, RoutingRecord, SparseMoE
 from moe.sparse.swiglu import SwiGLU
 
@@ -24,10 +25,11 @@ class Block(nn.Module):
         capacity: Capacity | None = None,
         recompute_experts: bool = False,
         dispatcher: Dispatcher | None = None,
+        sequence_group: SequenceGroup | None = None,
     ) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.attention = Attention(config)
+        self.attention = Attention(config, sequence_group)
         self.ffn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.ffn: SparseMoE | SwiGLU
         if config.moe is not None and index in config.sparse_layers:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from moe.config import ModelConfig
 from moe.model.attention import Attention
 from moe.model.head import Head
 from moe.model.norm import RMSNorm
@@ -17,26 +18,33 @@ from moe.sparse.router import Router
 from moe.sparse.swiglu import SwiGLU
 
 
-@torch.no_grad()
 def initialize(model: Transformer, seed: int) -> None:
     """Fill every weight in place: normal of `init_std`; matrices that write to the residual stream get
     init_std / sqrt(2 num_layers) (GPT-2, section 2.3); norms 1; biases 0.
 
     Each global expert has a stream of its own, so a rank draws only what it holds.
     """
-    std = model.config.init_std
-    out_std = std / math.sqrt(2 * model.config.num_layers)
+    fill(model, "", model.config, seed)
+
+
+@torch.no_grad()
+def fill(part: nn.Module, place: str, config: ModelConfig, seed: int) -> None:
+    """`initialize` for one part of a model, where it stands at `place`: its weights do not depend on the others'."""
+    std = config.init_std
+    out_std = std / math.sqrt(2 * config.num_layers)
     filled: set[int] = set()
-    latent = model.config.moe.latent_size if model.config.moe else None
+    latent = config.moe.latent_size if config.moe else None
 
     def draw(parameter: Tensor, std: float, *key: str | int) -> None:
         drawn = torch.empty(parameter.shape, dtype=torch.float32)
         parameter.copy_(drawn.normal_(0.0, std, generator=stream("init", seed, *key)))
 
-    for name, module in model.named_modules():
+    for name, module in part.named_modules(prefix=place):
         match module:
             case RMSNorm():
                 module.weight.fill_(1.0)
+            case Head() if config.tie_embeddings:
+                pass  # the embedding's weight
             case nn.Embedding() | Head() | Router():
                 draw(module.weight, std, name)
             case Experts():
@@ -47,25 +55,31 @@ def initialize(model: Transformer, seed: int) -> None:
                     if bias is not None:
                         bias.zero_()
             case Attention():
-                for part in ("query", "key", "value", "output"):
+                for linear in ("query", "key", "value", "output"):
                     _linear(
-                        getattr(module, part), draw, out_std if part == "output" else std, f"{name}.{part}"
+                        getattr(module, linear),
+                        draw,
+                        out_std if linear == "output" else std,
+                        f"{name}.{linear}",
                     )
             case SwiGLU():
-                for part in ("gate", "up", "down"):
-                    _linear(getattr(module, part), draw, out_std if part == "down" else std, f"{name}.{part}")
+                for linear in ("gate", "up", "down"):
+                    _linear(
+                        getattr(module, linear),
+                        draw,
+                        out_std if linear == "down" else std,
+                        f"{name}.{linear}",
+                    )
             case SparseMoE():
-                for part in ("shared_expert_gate", "to_latent", "from_latent"):
-                    if (linear := getattr(module, part)) is not None:
-                        _linear(linear, draw, out_std if part == "from_latent" else std, f"{name}.{part}")
-                        filled.add(id(linear.weight))
+                for linear in ("shared_expert_gate", "to_latent", "from_latent"):
+                    if (found := getattr(module, linear)) is not None:
+                        _linear(found, draw, out_std if linear == "from_latent" else std, f"{name}.{linear}")
+                        filled.add(id(found.weight))
                 continue
             case _:
                 continue
         filled.update(id(parameter) for parameter in module.parameters())
-    if model.config.tie_embeddings:
-        draw(model.embed.weight, std, "embed")
-    missed = [name for name, parameter in model.named_parameters() if id(parameter) not in filled]
+    missed = [name for name, parameter in part.named_parameters() if id(parameter) not in filled]
     assert not missed, f"no rule initialises {missed}"
 
 

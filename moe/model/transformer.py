@@ -3,8 +3,7 @@
 B sequences, S positions, D width, V vocabulary.
 """
 
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +14,13 @@ from moe.model.block import Block
 from moe.model.head import Head
 from moe.model.norm import RMSNorm
 from moe.model.rope import rotation
+from moe.model.ulysses import SequenceGroup
 from moe.sparse import Capacity, Dispatcher, ExpertLayout, Jitter, RoutingRecord
 from moe.sparse.router import Router
 
 
-@dataclass(frozen=True)
-class ModelOutput:
-    """What a forward pass with labels gives."""
+class ModelOutput(NamedTuple):
+    """What a forward pass with labels gives; a tuple, since DeepSpeed's hooks look for tensors in nothing else."""
 
     cross_entropy: Tensor
     """float32 scalar: nats, summed over unmasked tokens."""
@@ -39,18 +38,20 @@ class Transformer(nn.Module):
         recompute: Literal["none", "experts", "block"] = "none",
         capacity: Capacity | None = None,
         dispatcher: Dispatcher | None = None,
+        sequence_group: SequenceGroup | None = None,
     ) -> None:
         """`layout` places the experts (default: all here); `recompute` says what backward computes again;
         `capacity` limits experts while training (default: dropless); `dispatcher` is the way to experts on other
-        ranks (default: all-to-all).
+        ranks (default: all-to-all); `sequence_group` has the ranks that share sequences (default: nobody does).
         """
         super().__init__()
         self.config = config
         self.recompute = recompute
+        self.sequence_group = sequence_group or SequenceGroup()
         layout = layout or ExpertLayout(config.moe.num_experts if config.moe else 1)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(
-            Block(config, index, layout, capacity, recompute == "experts", dispatcher)
+            Block(config, index, layout, capacity, recompute == "experts", dispatcher, self.sequence_group)
             for index in range(config.num_layers)
         )
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -68,12 +69,11 @@ class Transformer(nn.Module):
         """Logits [B, S, V]; with labels (int64 [B, S], the next tokens), a `ModelOutput` instead.
 
         Positions whose `mask_BS` (bool) is False add to no loss and no count. `jitter` is the noise of this batch's
-        B S tokens for every layer's router.
+        B S tokens for every layer's router. Where ranks share sequences, S is a rank's part of their positions.
         """
         x_BSD = self.embed(input_ids_BS)
-        turn = rotation(
-            input_ids_BS.shape[1], self.config.head_dim, self.config.attention.rope_theta, x_BSD.device
-        )
+        length = input_ids_BS.shape[1] * self.sequence_group.size
+        turn = rotation(length, self.config.head_dim, self.config.attention.rope_theta, x_BSD.device)
         records = []
         for index, layer in enumerate(self.layers):
             noise = None if jitter is None else jitter.of_layer(index)

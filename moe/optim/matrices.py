@@ -28,7 +28,8 @@ class Stack:
 
 def vectors(model: nn.Module) -> set[Tensor]:
     """Norms and biases; those of stacked experts too, which only look like a matrix [e, F]."""
-    found: set[Tensor] = {parameter for parameter in model.parameters() if parameter.ndim < 2}
+    # Cut in pieces by ZeRO 3, a parameter is flat, and ds_shape says what it was.
+    found: set[Tensor] = {p for p in model.parameters() if len(getattr(p, "ds_shape", p.shape)) < 2}
     for module in model.modules():
         if isinstance(module, Experts):
             found.update(bias for bias in (module.gate_up_bias, module.down_bias) if bias is not None)

@@ -24,11 +24,14 @@ class Job(Generic[Payload]):
 
 
 class Desk:
-    """Where one thread works: room for one expert's rows, used again for the next, and its share of the sums."""
+    """Where one thread works: room for one expert's rows, used again for the next, and its share of the sums.
 
-    def __init__(self, like: Tensor, most_rows: int, width: int) -> None:
-        """`like` [M, D]: the sources; `most_rows`: those of the busiest expert; `width`: F."""
-        self.like, self.most_rows, self.width = like, most_rows, width
+    Everything at a desk is in the products' dtype; what is narrower is widened when it comes, rounded when it goes.
+    """
+
+    def __init__(self, like: Tensor, most_rows: int, width: int, dtype: torch.dtype) -> None:
+        """`like` [M, D]: the sources; `most_rows`: those of the busiest expert; `width`: F; `dtype`: the products'."""
+        self.like, self.most_rows, self.width, self.dtype = like, most_rows, width, dtype
         wide = torch.promote_types(like.dtype, torch.float32)
         self.sums_MD = torch.zeros_like(like, dtype=wide)
         """At least float32, so that bf16 rounds once."""
@@ -38,23 +41,57 @@ class Desk:
 
     def room(self, name: str) -> Tensor:
         """[rows, width of `name`]; its content is whatever was there."""
-        if name not in self._buffers:
-            model = self.like.shape[1]
-            widths = {"x": model, "out": model, "gate_up": 2 * self.width, "grad_gate_up": 2 * self.width}
-            self._buffers[name] = self.like.new_empty(self.most_rows, widths.get(name, self.width))
-        return self._buffers[name].narrow(0, 0, self.rows)
+        model = self.like.shape[1]
+        widths = {"x": model, "out": model, "gate_up": 2 * self.width, "grad_gate_up": 2 * self.width}
+        return self._room(name, widths.get(name, self.width), self.dtype)
+
+    def copies(self, name: str, of_MD: Tensor, source: Tensor) -> Tensor:
+        """[rows, D], in the room of that name: those that `source` names."""
+        if of_MD.dtype == self.dtype:
+            return torch.index_select(of_MD, 0, source, out=self.room(name))
+        narrow = self._room("narrow", of_MD.shape[1], of_MD.dtype)
+        return self.room(name).copy_(torch.index_select(of_MD, 0, source, out=narrow))
+
+    def rows_of(self, name: str, kept: Tensor) -> Tensor:
+        """`kept` itself, or widened in the room of that name."""
+        return kept if kept.dtype == self.dtype else self.room(name).copy_(kept)
+
+    def weight(self, weight: Tensor) -> Tensor:
+        """`weight` itself, or widened in a room that the next weight, or `product`, takes over."""
+        return weight if weight.dtype == self.dtype else self._weight_room(weight.shape).copy_(weight)
+
+    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """Write `a` `b`, of a weight's size, to `out`."""
+        if out.dtype == self.dtype:
+            torch.mm(a, b, out=out)
+        else:
+            out.copy_(torch.mm(a, b, out=self._weight_room(out.shape)))
 
     def add(self, source: Tensor, rows: Tensor) -> None:
         """Add `rows` [n, D] to the sums of their sources."""
         if rows.dtype != self.sums_MD.dtype:
-            if "wide" not in self._buffers:
-                self._buffers["wide"] = self.sums_MD.new_empty(self.most_rows, rows.shape[1])
-            rows = self._buffers["wide"].narrow(0, 0, self.rows).copy_(rows)
+            rows = self._room("wide", rows.shape[1], self.sums_MD.dtype).copy_(rows)
         self.sums_MD.index_add_(0, source, rows)
+
+    def _room(self, name: str, width: int, dtype: torch.dtype) -> Tensor:
+        if name not in self._buffers:
+            self._buffers[name] = self.like.new_empty(self.most_rows, width, dtype=dtype)
+        return self._buffers[name].narrow(0, 0, self.rows)
+
+    def _weight_room(self, shape: torch.Size) -> Tensor:
+        if "weight" not in self._buffers:
+            self._buffers["weight"] = self.like.new_empty(
+                2 * self.width * self.like.shape[1], dtype=self.dtype
+            )
+        return self._buffers["weight"][: shape.numel()].view(shape)
 
 
 def at_desks(
-    work: Callable[[Desk, int, Payload], None], jobs: Sequence[Job[Payload]], like: Tensor, width: int
+    work: Callable[[Desk, int, Payload], None],
+    jobs: Sequence[Job[Payload]],
+    like: Tensor,
+    width: int,
+    dtype: torch.dtype,
 ) -> Tensor:
     """Do all jobs, several experts at once where torch may use several threads; the sums, [M, D] as `like`.
 
@@ -65,7 +102,7 @@ def at_desks(
     shares = _shares(jobs, threads)
 
     def sit(share: Sequence[Job[Payload]]) -> Tensor:
-        desk = Desk(like, most, width)
+        desk = Desk(like, most, width, dtype)
         for job in share:
             desk.rows = job.num_rows
             work(desk, job.expert, job.rows)

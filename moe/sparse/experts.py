@@ -13,6 +13,7 @@ from moe.sparse.copies import Copies
 from moe.sparse.grouped import GroupedExperts, fits
 from moe.sparse.looped import LoopedExperts
 from moe.sparse.plan import ExpertLayout
+from moe.sparse.product import product_dtype
 
 
 @dataclass(frozen=True)
@@ -48,8 +49,7 @@ class Experts(nn.Module):
 
     def forward(self, rows: Rows) -> Tensor:
         """[M, D]: each source's weighted sum over its rows. An expert without rows gets a zero gradient."""
-        node = GroupedExperts if fits(rows.source_MD, self.gate_up, self.down) else LoopedExperts
-        y_MD: Tensor = node.apply(
+        arguments = (
             rows.source_MD,
             rows.weights_R,
             self.gate_up,
@@ -60,4 +60,9 @@ class Experts(nn.Module):
             self.unit,
             self.recompute,
         )
+        y_MD: Tensor
+        if fits(rows.source_MD, self.gate_up, self.down):
+            y_MD = GroupedExperts.apply(*arguments)
+        else:
+            y_MD = LoopedExperts.apply(*arguments, product_dtype(rows.source_MD))
         return y_MD

@@ -28,6 +28,10 @@ class Jitter:
         """For the tokens at `places` of the global batch of the step that `key` stands for."""
         return cls(epsilon, element(key, torch.arange(places.start, places.stop, device=device)))
 
+    def part(self, num_sequences: int, positions: slice) -> "Jitter":
+        """For some positions of each sequence; the tokens are those of `num_sequences` of equal length."""
+        return Jitter(self.epsilon, self.keys_T.view(num_sequences, -1)[:, positions].flatten())
+
     def of_layer(self, index: int) -> "Jitter":
         """The same tokens in decoder layer `index`."""
         return Jitter(self.epsilon, element(self.keys_T, torch.full_like(self.keys_T, index)))

@@ -19,7 +19,8 @@ class LoopedExperts(torch.autograd.Function):
     An expert's rows are copied, multiplied and summed back before the next one's, so that they never leave the
     cache and no [R, D] tensor is made; each expert's weight gradients are written in place. (Indexing a stacked
     parameter expert by expert would make autograd build a zero [e, ...] gradient for each.) Kept for backward
-    per row: 2F pre-activations, or nothing with `recompute`.
+    per row: 2F pre-activations, or nothing with `recompute`. Between what is read and what is stored, everything
+    is in `product_dtype`.
     """
 
     @staticmethod
@@ -34,23 +35,27 @@ class LoopedExperts(torch.autograd.Function):
         copies: Copies,
         unit: GatedUnit,
         recompute: bool,
+        product_dtype: torch.dtype,
     ) -> Tensor:
         kept_R2F = None if recompute else source_MD.new_empty(weights_R.numel(), gate_up.shape[1])
-        weights_R = weights_R.to(source_MD.dtype)
+        weights_R = weights_R.to(product_dtype)
 
         def work(desk: Desk, e: int, rows: _Rows) -> None:
-            x = torch.index_select(source_MD, 0, rows.source, out=desk.room("x"))
-            both = desk.room("gate_up") if rows.gate_up is None else rows.gate_up
-            _linear(x, gate_up[e], gate_up_bias, e, both)
+            x = desk.copies("x", source_MD, rows.source)
+            kept = rows.gate_up
+            both = desk.room("gate_up") if kept is None or kept.dtype != desk.dtype else kept
+            _linear(x, desk.weight(gate_up[e]), gate_up_bias, e, both)
+            if kept is not None and kept is not both:
+                kept.copy_(both)
             gate, up = both.chunk(2, dim=1)
             h = unit.activate(gate, desk.room("hidden"))
             h = unit.scale(h, up, h).mul_(rows.weight)
-            out = torch.mm(h, down[e].t(), out=desk.room("out"))
+            out = torch.mm(h, desk.weight(down[e]).t(), out=desk.room("out"))
             if down_bias is not None:
-                out.addr_(rows.weight.squeeze(1), down_bias[e])
+                out.addr_(rows.weight.squeeze(1), down_bias[e].to(out.dtype))
             desk.add(rows.source, out)
 
-        y_MD = at_desks(work, _jobs(copies, weights_R, kept_R2F), source_MD, down.shape[2])
+        y_MD = at_desks(work, _jobs(copies, weights_R, kept_R2F), source_MD, down.shape[2], product_dtype)
         ctx.save_for_backward(source_MD, weights_R, kept_R2F, gate_up, gate_up_bias, down, down_bias)
         ctx.copies, ctx.unit = copies, unit
         return y_MD
@@ -70,32 +75,35 @@ class LoopedExperts(torch.autograd.Function):
             grad_down[e].zero_()
 
         def work(desk: Desk, e: int, rows: _Rows) -> None:
-            x = torch.index_select(source_MD, 0, rows.source, out=desk.room("x"))
-            both = rows.gate_up
-            if both is None:
-                both = _linear(x, gate_up[e], gate_up_bias, e, desk.room("gate_up"))
+            x = desk.copies("x", source_MD, rows.source)
+            if rows.gate_up is None:
+                both = _linear(x, desk.weight(gate_up[e]), gate_up_bias, e, desk.room("gate_up"))
+                if both.dtype != source_MD.dtype:
+                    both.copy_(both.to(source_MD.dtype))  # as they would have been kept
+            else:
+                both = desk.rows_of("gate_up", rows.gate_up)
             gate, up = both.chunk(2, dim=1)
-            grad_out = torch.index_select(grad_MD, 0, rows.source, out=desk.room("out"))
+            grad_out = desk.copies("out", grad_MD, rows.source)
             activated = unit.activate(gate, desk.room("activated"))
             h = unit.scale(activated, up, desk.room("hidden"))
-            grad_h = torch.mm(grad_out, down[e], out=desk.room("grad_hidden"))
+            grad_h = torch.mm(grad_out, desk.weight(down[e]), out=desk.room("grad_hidden"))
             product = torch.mul(grad_h, h, out=desk.room("product"))
             torch.sum(product, 1, dtype=wide, out=rows.grad_weight)
-            torch.mm(grad_out.t(), h.mul_(rows.weight), out=grad_down[e])
+            desk.product(grad_out.t(), h.mul_(rows.weight), out=grad_down[e])
             if down_bias is not None and grad_down_bias is not None:
-                rows.grad_weight.add_(torch.mv(grad_out, down_bias[e]))
-                torch.mv(grad_out.t(), rows.weight.squeeze(1), out=grad_down_bias[e])
+                rows.grad_weight.add_(torch.mv(grad_out, down_bias[e].to(grad_out.dtype)))
+                grad_down_bias[e] = torch.mv(grad_out.t(), rows.weight.squeeze(1))
             grad_both = desk.room("grad_gate_up")
             unit.backward(gate, up, activated, grad_h.mul_(rows.weight), *grad_both.chunk(2, dim=1))
-            torch.mm(grad_both.t(), x, out=grad_gate_up[e])
+            desk.product(grad_both.t(), x, out=grad_gate_up[e])
             if grad_gate_up_bias is not None:
-                torch.sum(grad_both, 0, out=grad_gate_up_bias[e])
-            desk.add(rows.source, torch.mm(grad_both, gate_up[e], out=grad_out))
+                grad_gate_up_bias[e] = grad_both.sum(0)
+            desk.add(rows.source, torch.mm(grad_both, desk.weight(gate_up[e]), out=grad_out))
 
         jobs = _jobs(ctx.copies, weights_R, kept_R2F, grad_weights_R)
-        grad_source_MD = at_desks(work, jobs, source_MD, down.shape[2])
+        grad_source_MD = at_desks(work, jobs, source_MD, down.shape[2], weights_R.dtype)
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)
-        return grad_source_MD, grad_weights_R, *grads, None, None, None
+        return grad_source_MD, grad_weights_R, *grads, None, None, None, None
 
 
 class _Rows(NamedTuple):

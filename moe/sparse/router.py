@@ -5,7 +5,7 @@ T tokens, D width, E experts, K choices, G groups of experts.
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +17,8 @@ from moe.sparse.copies import count
 from moe.sparse.jitter import Jitter
 
 
-@dataclass(frozen=True)
-class RoutingRecord:
-    """What balancing policies and metrics need of a layer's routing."""
+class RoutingRecord(NamedTuple):
+    """What balancing policies and metrics need of a layer's routing; a tuple for the sake of DeepSpeed's hooks."""
 
     ids_TK: Tensor
     """int64: chosen experts; where experts choose, with filler that `counts_E` leaves out."""

@@ -9,10 +9,9 @@ import torch.distributed as dist
 
 from moe.config import RunConfig
 from moe.data.loader import Batch
-from moe.dist import Ranks
+from moe.dist import Ranks, consecutive
+from moe.engine.build import build
 from moe.engine.engine import Engine, StepResult
-from moe.model import Transformer, initialize
-from moe.sparse import Capacity, ExpertLayout
 from moe.sparse.health import Health
 
 VOCAB, LENGTH = 128, 32
@@ -42,6 +41,9 @@ def tiny(**sections: Any) -> RunConfig:
             "schedule": {"warmup_steps": 2},
         },
     }
+    if sections.get("parallel", {}).get("zero_stage") == 3:
+        # Else DeepSpeed keeps parameters as small as these whole on every rank.
+        page["deepspeed"] = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
     for name, section in sections.items():
         page[name] = {**page[name], **section} if isinstance(page.get(name), dict) else section
     return RunConfig.model_validate(page)
@@ -62,27 +64,27 @@ def batches(run: RunConfig, ranks: Ranks, step: int) -> list[Batch]:
     mask[0, LENGTH // 2 :] = False  # the shares of ranks differ
     if step % 3 == 0:
         mask[rows - 1] = False
-    mine = rows // ranks.world_size
+    mine = rows // ranks.data_world_size
     size = run.train.micro_batch_size
-    return [
+    whole = [
         Batch(ids[a : a + size, :-1].contiguous(), ids[a : a + size, 1:].contiguous(), mask[a : a + size])
-        for a in range(ranks.rank * mine, (ranks.rank + 1) * mine, size)
+        for a in range(ranks.data_rank * mine, (ranks.data_rank + 1) * mine, size)
     ]
+    return [batch.part(ranks.positions(LENGTH)) for batch in whole]
 
 
-def ranks_of(rank: int, world_size: int, expert_parallel_size: int) -> Ranks:
+def ranks_of(
+    rank: int, world_size: int, expert_parallel_size: int, sequence_parallel_size: int = 1
+) -> Ranks:
     """Ranks within a gloo group that stands already."""
-    mine = None
-    for first in range(0, world_size, expert_parallel_size):
-        members = list(range(first, first + expert_parallel_size))
-        group = dist.new_group(members)
-        mine = group if rank in members else mine
     return Ranks(
         rank=rank,
         world_size=world_size,
         local_rank=rank,
         expert_parallel_size=expert_parallel_size,
-        expert_group=mine,
+        expert_group=consecutive(expert_parallel_size),
+        sequence_parallel_size=sequence_parallel_size,
+        sequence_group=consecutive(sequence_parallel_size),
         control_group=dist.group.WORLD,
     )
 
@@ -102,11 +104,8 @@ class Curve:
 
 def start(run: RunConfig, ranks: Ranks) -> Engine:
     """A fresh engine."""
-    experts = run.model.moe.num_experts if run.model.moe else 1
-    layout = ExpertLayout(experts, ranks.expert_parallel_size, ranks.expert_rank, ranks.expert_group)
-    model = Transformer(run.model, layout, run.train.activation_recomputation, Capacity.of(run.balance))
-    initialize(model, run.seed)
-    return Engine.start(run, model, ranks)
+    return Engine.start(run, build(run, ranks), ranks)
+
 
 
 def train(engine: Engine, first: int, last: int) -> list[StepResult]:

@@ -72,6 +72,7 @@ MODELS: dict[str, dict[str, Any]] = {
             "normalize_top_k": False,
         },
     },
+    "four key heads": {"attention": {"num_heads": 8, "num_kv_heads": 4, "head_dim": 6, "qkv_bias": True}},
     "dense": {"moe": None, "intermediate_size": 40},
 }
 BALANCES: dict[str, dict[str, Any]] = {
@@ -101,12 +102,19 @@ class Layout:
     balance: str = "sequence"
     model: str = "sparse"
     optimizer: str = "adamw"
+    offload: str = "none"
+    sequence_parallel_size: int = 1
 
     def run(self) -> RunConfig:
         return tiny(
-            parallel={"expert_parallel_size": self.expert_parallel_size, "zero_stage": self.zero_stage},
+            parallel={
+                "expert_parallel_size": self.expert_parallel_size,
+                "sequence_parallel_size": self.sequence_parallel_size,
+                "zero_stage": self.zero_stage,
+                "offload": self.offload,
+            },
             train={
-                "micro_batch_size": GLOBAL_BATCH // self.world_size // self.accumulation,
+                "micro_batch_size": GLOBAL_BATCH // self._data_ranks // self.accumulation,
                 "activation_recomputation": self.recompute,
                 "precision": self.precision,
                 "optimizer": {**OPTIMIZER, "kind": self.optimizer},
@@ -117,38 +125,65 @@ class Layout:
 
     def reference(self) -> "Layout":
         """One process, ZeRO 1, no accumulation; where experts choose, with the same micro-batches."""
-        micro_batches = self.world_size * self.accumulation if self.model == "experts choose" else 1
+        micro_batches = self._data_ranks * self.accumulation if self.model == "experts choose" else 1
         same = {name: getattr(self, name) for name in ("precision", "balance", "model", "optimizer")}
         return Layout(1, 1, 1, micro_batches, **same)
 
+    @property
+    def _data_ranks(self) -> int:
+        return self.world_size // self.sequence_parallel_size
 
-def matrix() -> list[Layout]:
-    """Every layout offered on 1, 2 and 4 processes; recompute, the other balancing scope, other models on some."""
-    layouts = [
-        Layout(world, ep, zero, accumulation)
+
+def grid() -> list[Layout]:
+    """Every ZeRO stage, expert parallelism and accumulation on 1, 2 and 4 processes, with recomputation and without."""
+    return [
+        Layout(world, ep, zero, accumulation, recompute)
         for world in (1, 2, 4)
         for ep in (1, 2, 4)
         if ep <= world
-        for zero in (0, 1, 2)
+        for zero in (0, 1, 2, 3)
         for accumulation in (1, 2)
+        for recompute in ("none", "block")
     ]
-    layouts += [Layout(w, ep, 1, 2, recompute="block") for w, ep in ((1, 1), (2, 2), (4, 4))]
+
+
+def matrix() -> list[Layout]:
+    """Half of the grid, such that every two of its settings meet; other balancing scopes, models, optimizers on some."""
+    layouts = [
+        layout
+        for layout in grid()
+        if (layout.recompute == "block")
+        == ((layout.expert_parallel_size.bit_length() + layout.zero_stage + layout.accumulation) % 2 == 1)
+    ]
     layouts += [
         Layout(w, ep, z, a, balance="global batch")
-        for w, ep, z, a in ((2, 2, 1, 1), (2, 1, 2, 2), (4, 2, 0, 2))
+        for w, ep, z, a in ((2, 2, 1, 1), (2, 1, 2, 2), (4, 2, 0, 2), (2, 2, 3, 2))
+    ]
+    layouts += [
+        Layout(w, ep, z, a, offload=offload)
+        for w, ep, z, a, offload in (
+            (2, 2, 1, 2, "optimizer"),
+            (2, 1, 2, 2, "optimizer"),
+            (2, 2, 3, 2, "optimizer"),
+            (2, 1, 3, 1, "all"),
+            (4, 2, 3, 2, "all"),
+        )
     ]
     deepseek = "DeepSeek-V3's choice"
     layouts += [
         Layout(w, ep, z, a, balance=balance, model=deepseek, recompute="block" if a == 2 else "none")
         for balance in ("loss-free, sign", "all at once")
-        for w, ep, z, a in ((1, 1, 1, 2), (2, 2, 2, 1), (4, 2, 0, 2), (4, 4, 1, 1))
+        for w, ep, z, a in ((1, 1, 1, 2), (2, 2, 2, 1), (4, 2, 0, 2), (4, 2, 3, 1), (4, 4, 1, 1))
     ]
-    layouts += [Layout(w, ep, z, 2, model="all switches") for w, ep, z in ((2, 2, 1), (4, 2, 0), (4, 4, 2))]
+    layouts += [
+        Layout(w, ep, z, 2, model="all switches") for w, ep, z in ((2, 2, 1), (4, 2, 0), (4, 2, 3), (4, 4, 2))
+    ]
     layouts += [
         Layout(w, ep, z, 2, recompute="experts", model=model)
         for model, w, ep, z in (
             ("all switches", 2, 2, 0),
             ("GPT-OSS's experts, latent", 2, 1, 2),
+            ("GPT-OSS's experts, latent", 2, 2, 3),
             ("GPT-OSS's experts, latent", 4, 4, 1),
         )
     ]
@@ -158,9 +193,9 @@ def matrix() -> list[Layout]:
     ]
     layouts += [
         Layout(w, ep, z, a, balance="none", model="experts choose", recompute="block" if a == 2 else "none")
-        for w, ep, z, a in ((2, 2, 1, 2), (4, 2, 2, 1), (4, 4, 0, 1))
+        for w, ep, z, a in ((2, 2, 1, 2), (2, 2, 3, 1), (4, 2, 2, 1), (4, 4, 0, 1))
     ]
-    layouts += [Layout(w, 1, z, 1, model="dense") for w, z in ((2, 0), (2, 2), (4, 1))]
+    layouts += [Layout(w, 1, z, 1, model="dense") for w, z in ((2, 0), (2, 2), (2, 3), (4, 1))]
     layouts += [
         Layout(w, ep, z, a, optimizer="muon") for w, ep, z, a in ((1, 1, 0, 2), (2, 2, 0, 1), (2, 1, 2, 1))
     ]
@@ -169,7 +204,28 @@ def matrix() -> list[Layout]:
         for ep, z, a in ((1, 2, 1), (2, 1, 2), (4, 1, 1))
     ]
     layouts.append(Layout(2, 2, 1, 2, model="GPT-OSS's experts, latent", optimizer="muon"))
-    return layouts
+    return [*layouts, *_sharing_sequences()]
+
+
+def _sharing_sequences() -> list[Layout]:
+    """Over every ZeRO stage, beside EP groups that are smaller, equal and larger; each balancing scope; recompute."""
+    four_heads: dict[str, Any] = {"sequence_parallel_size": 4, "model": "four key heads"}
+    return [
+        Layout(2, 1, 0, 1, sequence_parallel_size=2),
+        Layout(2, 2, 2, 2, sequence_parallel_size=2, recompute="block"),
+        Layout(4, 2, 1, 2, sequence_parallel_size=2),
+        Layout(4, 4, 2, 1, **four_heads),
+        Layout(4, 2, 1, 2, **four_heads, recompute="block", balance="jitter"),
+        Layout(4, 2, 2, 2, sequence_parallel_size=2, model="DeepSeek-V3's choice", balance="all at once"),
+        Layout(4, 1, 1, 1, sequence_parallel_size=2, model="dense"),
+        Layout(4, 4, 1, 1, sequence_parallel_size=2, optimizer="muon"),
+        Layout(4, 2, 3, 2, sequence_parallel_size=2, balance="global batch"),
+    ]
+
+
+def everything() -> list[Layout]:
+    """The whole grid, and the others of the matrix: what the command shows."""
+    return [*grid(), *(layout for layout in matrix() if layout not in grid())]
 
 
 @dataclass(frozen=True)
@@ -213,7 +269,8 @@ def curves(layouts: Sequence[Layout], folder: Path, steps: int = 20) -> dict[Lay
 
 def _train_all(rank: int, world_size: int, layouts: Sequence[Layout], steps: int, folder: Path) -> None:
     for index, layout in enumerate(layouts):
-        engine = start(layout.run(), ranks_of(rank, world_size, layout.expert_parallel_size))
+        groups = (layout.expert_parallel_size, layout.sequence_parallel_size)
+        engine = start(layout.run(), ranks_of(rank, world_size, *groups))
         found = curve(train(engine, 0, steps))
         engine.wrapped.destroy()
         if rank == 0:
@@ -226,15 +283,17 @@ def _relative(ours: Sequence[float], reference: Sequence[float]) -> float:
 
 
 def main() -> int:
-    layouts = matrix()
+    layouts = everything()
     with tempfile.TemporaryDirectory() as folder:
         found = curves([*{layout.reference() for layout in layouts}, *layouts], Path(folder))
     table = Table(
         "processes",
         "EP",
+        "SP",
         "ZeRO",
         "accumulation",
         "recompute",
+        "offload",
         "balance",
         "model",
         "optimizer",
@@ -248,10 +307,12 @@ def main() -> int:
         far = deviation(found[layout], found[layout.reference()])
         right = far.loss < 1e-5 and far.gradient_norm < 1e-4 and far.health < 1e-5 and far.counts_equal
         failed += not right
-        cells = (layout.world_size, layout.expert_parallel_size, layout.zero_stage, layout.accumulation)
+        groups = (layout.expert_parallel_size, layout.sequence_parallel_size)
+        cells = (layout.world_size, *groups, layout.zero_stage, layout.accumulation)
         counts = "equal" if far.counts_equal else "differ"
         shown = (
             layout.recompute,
+            layout.offload,
             layout.balance,
             layout.model,
             layout.optimizer,

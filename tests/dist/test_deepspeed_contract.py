@@ -145,13 +145,18 @@ def _nested(path: str, value: object) -> dict[str, object]:
             "did you mean deepspeed.zero_optimization.overlap_comm",
         ),
         ({"zero_optimization": {"stage": 1}}, "follows from parallel.zero_stage"),
+        ({"zero_optimization": {"offload_param": {"device": "cpu"}}}, "follows from parallel.offload"),
+        (
+            {"zero_optimization": {"stage3_max_live_parameters": 1}},
+            "zero_stage is 1, which does not read it.*use zero_stage 3",
+        ),
         ({"zero_optimization": 1}, "must be a block"),
         ({"memory_breakdown": {"on": True}}, "must be a valid boolean"),
     ],
 )
 def test_raw_keys_are_checked(section: dict[str, object], words: str) -> None:
     with pytest.raises(ConfigError, match=words):
-        ds_config.check(section)
+        ds_config.check(section, 1)
 
 
 def test_raw_keys_reach_deepspeed() -> None:
@@ -162,12 +167,14 @@ def test_raw_keys_reach_deepspeed() -> None:
 
 
 def test_bucket_sizes_may_be_written_as_deepspeed_s_pages_do() -> None:
-    ds_config.check({"zero_optimization": {"reduce_bucket_size": 5e8, "allgather_bucket_size": 2e8}})
+    ds_config.check({"zero_optimization": {"reduce_bucket_size": 5e8, "allgather_bucket_size": 2e8}}, 1)
 
 
 def test_every_key_that_we_pass_through_is_one_that_deepspeed_reads() -> None:
     from deepspeed.comm.config import CommsLoggerConfig
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
-    assert set(ds_config.ZeroSection.model_fields) <= set(DeepSpeedZeroConfig.model_fields)
+    read = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    assert set(ds_config.ZeroSection.model_fields) <= read
+    assert set(ds_config.ZeroSection.model_fields) == set(ds_config.ONLY_UNDER)
     assert set(ds_config.CommsLoggerSection.model_fields) <= set(CommsLoggerConfig.model_fields)

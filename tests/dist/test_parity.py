@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.layouts import batches, ranks_of, start, tiny, train
-from tests.dist.parity import Curve, Layout, curves, deviation, matrix
+from tests.dist.parity import Curve, Layout, curves, deviation, everything, matrix
 from tests.harness import run_ranks
 
 
@@ -38,18 +38,22 @@ def test_training_learns_and_clips(optimizer: str, trained: dict[Layout, Curve])
 
 @pytest.mark.timeout(300)
 def test_bf16_stays_near_one_process(tmp_path: Path) -> None:
-    """bf16 rounds sums in another order: one part in a hundred of the loss, five of the norm, over 10 steps."""
+    """bf16 rounds sums in another order: a thousandth of the loss, five of the norm, over 10 steps."""
     layouts = [
         Layout(2, 1, 1, 1, precision="bf16"),
-        Layout(2, 2, 1, 2, precision="bf16"),
-        Layout(2, 2, 2, 1, precision="bf16"),
+        Layout(2, 2, 1, 4, precision="bf16"),
+        Layout(2, 2, 2, 4, precision="bf16"),
+        Layout(2, 2, 3, 4, precision="bf16"),
+        Layout(2, 2, 1, 2, precision="bf16", offload="optimizer"),
+        Layout(2, 2, 3, 2, precision="bf16", offload="all"),
         Layout(2, 2, 2, 1, precision="bf16", optimizer="muon"),
+        Layout(2, 2, 1, 1, precision="bf16", sequence_parallel_size=2),
     ]
     found = curves([*{layout.reference() for layout in layouts}, *layouts], tmp_path, steps=10)
     for layout in layouts:
         far = deviation(found[layout], found[layout.reference()])
-        assert far.loss < 1e-2, layout
-        assert far.gradient_norm < 5e-2, layout
+        assert far.loss < 1e-3, layout
+        assert far.gradient_norm < 5e-3, layout
 
 
 def _evaluated_and_trained(rank: int, folder: Path) -> None:
@@ -74,4 +78,4 @@ def test_evaluation_sees_no_jitter_and_training_does(tmp_path: Path) -> None:
 def test_the_pages_count_the_layouts_right(page: str) -> None:
     text = (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
     (said,) = re.findall(r"(\d+) (?:layouts beside|of them side by side)", text)
-    assert int(said) == len(matrix())
+    assert int(said) == len(everything())

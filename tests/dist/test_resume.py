@@ -32,6 +32,8 @@ LAYOUTS = [
     (2, "fp32", "adamw"),
     (1, "bf16", "adamw"),
     (2, "bf16", "adamw"),
+    (3, "fp32", "adamw"),
+    (3, "bf16", "adamw"),
     (1, "fp32", "muon"),
     (2, "bf16", "muon"),
 ]
@@ -41,6 +43,9 @@ OTHERS = [
     (2, 1, 2, "adamw"),
     (4, 4, 1, "adamw"),
     (4, 2, 2, "adamw"),
+    (4, 2, 3, "adamw"),
+    (2, 2, 3, "adamw"),
+    (1, 1, 3, "adamw"),
     (1, 1, 0, "muon"),
     (2, 1, 2, "muon"),
     (4, 2, 1, "muon"),

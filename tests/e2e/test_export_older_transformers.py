@@ -73,8 +73,8 @@ def _export(name: str, folder: Path, change: Callable[[dict[str, Any]], object] 
     source = saved(CASES[name][1])
     tokenizer = write_tokenizer(folder.parent / "tokenizer")
     with new_folder(folder) as new:
-        write(new, source.run, source.step, source.names(), source.tensor, tokenizer)
+        write(new, source.run, source.step, source.names(), source.pieces, tokenizer)
     page = json.loads((folder / "config.json").read_text())
     change(page)
     (folder / "config.json").write_text(json.dumps(page))
-    save_reference(folder.with_suffix(".safetensors"), source.run.model, source.tensor, "fp32")
+    save_reference(folder.with_suffix(".safetensors"), source.run.model, source.pieces, "fp32")

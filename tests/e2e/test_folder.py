@@ -68,7 +68,22 @@ def test_training_that_diverges_stops_and_spoils_no_checkpoint(place: Place) -> 
         assert "not finite" in message
         assert "learning_rate" in message
         lines = (place.folder / f"runs/diverged-{zero}/metrics.jsonl").read_text().splitlines()
-        assert all(json.loads(line)["loss"] < 1e9 for line in lines)
+        *steps, last = map(json.loads, lines)
+        assert all(step["loss"] < 1e9 for step in steps)
+        assert last["stopped"] in message
+
+    # The same, guarded: what can be skipped is skipped, once rolled back, and at the end it stops all the same.
+    guard = ("non_finite=skip", "max_in_a_row=2", "then=roll_back", "max_roll_backs=1")
+    settings = ("train.optimizer.learning_rate=1e30", "train.steps=20", "checkpoint.every_steps=1")
+    process = place.start(
+        ALONE, "runs/guarded", ONE_RANK, *settings, *(f"train.guard.{key}" for key in guard)
+    )
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 2, said
+    assert "Traceback" not in said
+    assert said.count("is skipped: its ") == 4
+    assert "rolled back to checkpoint step_1 (roll-back 1)" in said
+    assert "as often as train.guard.max_roll_backs, 1, allows" in said[said.index("error: ") :]
 
 
 @pytest.mark.timeout(300)

@@ -108,6 +108,12 @@ def test_one_plain_process_gives_the_same_losses(place: Place, expected: list[fl
     assert losses == pytest.approx(expected, rel=1e-5)
 
 
+def test_ranks_that_share_sequences_give_the_same_losses(place: Place, expected: list[float]) -> None:
+    command = [BIN / "turnout", "train", "--nproc", "2"]
+    losses = place.losses(command, "runs/shared", "parallel.sequence_parallel_size=2")
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
 LAUNCHERS: dict[str, Callable[[int], list[str | Path]]] = {
     "deepspeed": lambda port: [
         *(BIN / "deepspeed", "--num_accelerators", "2", "--master_port", str(port)),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.config import BalanceConfig
-from moe.loss import Totals, losses
+from moe.loss import Totals, choices, losses
 from moe.model import ModelOutput
 from moe.sparse import RoutingRecord, balance
 from moe.sparse.router import count_choices
@@ -74,6 +74,49 @@ def test_shares_of_any_split_add_up_to_the_whole(
     whole = share(slice(None))
     parts = sum((share(slice(i, i + 1)) for i in range(sequences)), torch.zeros((), dtype=torch.float64))
     torch.testing.assert_close(whole, parts)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(1, 4),
+    st.integers(2, 8),
+    st.integers(1, 3),
+    st.integers(0, 999),
+    st.sampled_from(["sequence_loss_weight", "micro_batch_loss_weight"]),
+)
+def test_shares_of_parts_of_sequences_add_up_to_whole_ones(
+    sequences: int, parts: int, length: int, experts: int, top_k: int, seed: int, scope: str
+) -> None:
+    """Given the choices of the whole; gradients too. Masks cut anywhere, so a part or a sequence may be empty."""
+    draw = torch.Generator().manual_seed(seed)
+    drawn = torch.randn(sequences, parts * length, experts, generator=draw, dtype=torch.float64)
+    mask = torch.rand(sequences, parts * length, generator=draw) < 0.6
+    weights = {"sequence_loss_weight": 0.0, "router_z_loss_weight": 0.2, scope: 0.3}
+    totals = Totals(mask.sum().double().clamp(min=1), mask.any(1).sum().double().clamp(min=1), 1)
+
+    def outcome(positions: list[slice]) -> tuple[torch.Tensor, torch.Tensor]:
+        logits = drawn.clone().requires_grad_()
+        outputs = []
+        for here in positions:
+            flat = logits[:, here].flatten(0, 1)
+            record = _record(flat, min(top_k, experts), mask[:, here].flatten())
+            outputs.append(ModelOutput(torch.zeros((), dtype=torch.float64), (record,)))
+        pairs = list(zip(outputs, positions, strict=True))
+        known = torch.stack([choices(output, mask[:, here]) for output, here in pairs]).sum(0)
+        given_choices = known if len(positions) > 1 else None
+        shares = [
+            losses(o, mask[:, at], totals, BalanceConfig(**weights), given_choices).total for o, at in pairs
+        ]
+        total = torch.stack(shares).sum()
+        total.backward()
+        assert logits.grad is not None
+        return total.detach(), logits.grad
+
+    whole = outcome([slice(None)])
+    in_parts = outcome([slice(i * length, (i + 1) * length) for i in range(parts)])
+    torch.testing.assert_close(in_parts, whole)
 
 
 def test_z_loss_is_the_square_of_log_sum_exp() -> None:

@@ -49,7 +49,11 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
     ),
     "not a number": (["train.optimizer.learning_rate=.nan"], ["learning_rate is nan", "finite"]),
     "unknown choice": (["train.precision=fp8"], ["train.precision is 'fp8'", "'fp32' or 'bf16'"]),
-    "stage three": (["parallel.zero_stage=3"], ["parallel.zero_stage is 3", "0, 1 or 2"]),
+    "stage four": (["parallel.zero_stage=4"], ["parallel.zero_stage is 4", "0, 1, 2 or 3"]),
+    "offload to a disk": (
+        ["parallel.offload=nvme"],
+        ["parallel.offload is 'nvme'", "'none', 'optimizer' or 'all'"],
+    ),
     "path for a name": (["name=../up"], ["name is '../up'", "letters, digits, dot, dash", "name=VALUE"]),
     "heads and width": (
         ["model.attention.num_heads=6", "model.attention.num_kv_heads=3"],
@@ -95,6 +99,14 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["train.schedule.kind=constant", "train.schedule.final_fraction=0.5"],
         ["final_fraction is set", "never decays", "Remove it"],
     ),
+    "milestones where all are kept": (
+        ["checkpoint.keep_every=4", "checkpoint.every_steps=2"],
+        ["keep_every is 4", "keep is null", "no effect", "Set checkpoint.keep"],
+    ),
+    "milestones that are not saved": (
+        ["checkpoint.keep_every=3", "checkpoint.every_steps=2", "checkpoint.keep=1"],
+        ["keep_every is 3", "every_steps is 2", "Use a multiple"],
+    ),
     "overlapping schedule": (
         ["train.schedule.kind=wsd", "train.schedule.decay_steps=6", "train.schedule.warmup_steps=4"],
         ["warmup_steps 4 + decay_steps 6", "train.steps 8", "Shorten"],
@@ -130,6 +142,22 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
     "bf16 under stage 0": (
         ["parallel.zero_stage=0", "train.precision=bf16"],
         ["zero_stage is 0", "bf16", "Use zero_stage 1, or fp32"],
+    ),
+    "muon under stage 3": (
+        ["parallel.zero_stage=3", "train.optimizer.kind=muon"],
+        ["zero_stage is 3", "muon", "needs whole ones", "Use zero_stage 2, or kind adamw"],
+    ),
+    "offload of nothing": (
+        ["parallel.zero_stage=0", "train.precision=fp32", "parallel.offload=optimizer"],
+        ["offload is optimizer", "zero_stage is 0", "Use zero_stage 1"],
+    ),
+    "parameters offloaded under stage 2": (
+        ["parallel.zero_stage=2", "parallel.offload=all"],
+        ["offload is all", "zero_stage is 2", "Use zero_stage 3, or offload optimizer"],
+    ),
+    "muon on the host": (
+        ["parallel.offload=optimizer", "train.optimizer.kind=muon"],
+        ["offload is optimizer", "muon", "Use kind adamw, or offload none"],
     ),
     "balance without experts": (
         ["model.moe=null", "model.intermediate_size=64", "balance.router_z_loss_weight=0.1"],
@@ -200,6 +228,31 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["model.moe.router_choice=expert", "balance.capacity_factor=1.25"],
         ["balance.capacity_factor is 1.25", "equal loads", "Set balance.capacity_factor=null"],
     ),
+    "fewer heads than ranks that share a sequence": (
+        ["parallel.sequence_parallel_size=8", "model.attention.num_kv_heads=4"],
+        ["sequence_parallel_size is 8", "num_heads is 4", "as many heads", "Use one of 1, 2, 4."],
+    ),
+    "fewer key heads than ranks that share a sequence": (
+        ["parallel.sequence_parallel_size=4"],
+        ["sequence_parallel_size is 4", "num_kv_heads is 2", "Use one of 1, 2, or a num_kv_heads", "of 4."],
+    ),
+    "sequences that cannot be shared": (
+        ["parallel.sequence_parallel_size=2", "data.sequence_length=31"],
+        ["sequence_parallel_size is 2", "sequence_length is 31", "Use 1, or a data.sequence_length", "of 2."],
+    ),
+    "capacity of a part": (
+        ["parallel.sequence_parallel_size=2", "balance.capacity_factor=1.25"],
+        ["capacity_factor is 1.25", "sequence_parallel_size is 2", "Set balance.capacity_factor=null, or"],
+    ),
+    "a part that experts choose from": (
+        [
+            "parallel.sequence_parallel_size=2",
+            "model.moe.router_choice=expert",
+            "model.moe.normalize_top_k=false",
+            "balance.sequence_loss_weight=0",
+        ],
+        ["router_choice is expert", "sequence_parallel_size is 2", "Use router_choice token, or"],
+    ),
     "drop of nothing": (
         ["balance.drop_by=position"],
         ["drop_by is position", "nothing is dropped", "capacity_factor"],
@@ -212,6 +265,39 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
     "rule of a bias that rests": (
         ["balance.bias_update=proportional"],
         ["bias_update is proportional", "no effect", "give the bias a rate"],
+    ),
+    "a limit of what never happens": (
+        ["train.guard.max_in_a_row=3"],
+        ["train.guard.max_in_a_row is 3", "no step is ever skipped", "no effect", "non_finite=skip"],
+    ),
+    "rolled back for nothing": (
+        ["train.guard.then=roll_back", "checkpoint.every_steps=2"],
+        ["train.guard.then is roll_back", "no step is ever skipped", "no effect"],
+    ),
+    "an interval without spikes": (
+        ["train.guard.rolling_interval_length=4"],
+        ["rolling_interval_length is 4", "sigma_factor is null", "no effect", "Remove it"],
+    ),
+    "spikes beyond the end": (
+        ["train.guard.sigma_factor=6"],
+        [
+            "sigma_factor is 6.0",
+            "after 64 steps",
+            "train.steps is 8",
+            "Use a smaller rolling_interval_length",
+        ],
+    ),
+    "roll-backs of a run that stops": (
+        ["train.guard.non_finite=skip", "train.guard.max_roll_backs=1"],
+        ["max_roll_backs is 1", "then is stop", "no effect", "then=roll_back"],
+    ),
+    "nothing to roll back to": (
+        ["train.guard.non_finite=skip", "train.guard.then=roll_back"],
+        ["then is roll_back", "checkpoint.every_steps is null", "Set checkpoint.every_steps"],
+    ),
+    "an interval of one": (
+        ["train.guard.sigma_factor=6", "train.guard.rolling_interval_length=1"],
+        ["rolling_interval_length is 1", "greater than or equal to 2"],
     ),
 }
 
@@ -292,6 +378,29 @@ def test_settings_do_not_change_after_they_were_checked(tiny_page: Page) -> None
         (["train.micro_batch_size=8"], 8, ["= 64 sequences", "micro_batch_size of 1."]),
         (["parallel.expert_parallel_size=4"], 2, ["expert_parallel_size is 4", "2 ranks", "Use one of 1, 2"]),
         ([], 8, ["global_batch_size is 8", "8 ranks x train.micro_batch_size 2 = 16", "multiple of 16"]),
+        (
+            ["parallel.sequence_parallel_size=2"],
+            3,
+            ["sequence_parallel_size is 2", "are 3 ranks", "Use 1, or start a multiple of 2 ranks"],
+        ),
+        (
+            ["parallel.sequence_parallel_size=4", "model.attention.num_kv_heads=4"],
+            6,
+            ["sequence_parallel_size is 4", "are 6 ranks", "Use one of 1, 2, or start a multiple of 4 ranks"],
+        ),
+        (
+            ["parallel.sequence_parallel_size=2"],
+            6,
+            [
+                "6 ranks / parallel.sequence_parallel_size 2 x train.micro_batch_size 2 = 6",
+                "(one of 2, 4, 8).",
+            ],
+        ),
+        (
+            ["parallel.sequence_parallel_size=2", "parallel.expert_parallel_size=4"],
+            12,
+            ["= 12 sequences", "another number of ranks (one of 4, 8)."],
+        ),
     ],
 )
 def test_a_layout_that_cannot_be_is_refused(
@@ -307,6 +416,14 @@ def test_the_global_batch_is_the_same_on_any_number_of_ranks(
     world_size: int, steps: int, tiny_page: Page
 ) -> None:
     assert check_world(parse(tiny_page), world_size) == steps
+
+
+@pytest.mark.parametrize(("sharing", "world_size", "steps"), [(2, 2, 4), (2, 4, 2), (4, 4, 4), (4, 16, 1)])
+def test_ranks_that_share_sequences_have_a_micro_batch_together(
+    sharing: int, world_size: int, steps: int, tiny_page: Page
+) -> None:
+    run = parse(tiny_page, f"parallel.sequence_parallel_size={sharing}", "model.attention.num_kv_heads=4")
+    assert check_world(run, world_size) == steps
 
 
 @dataclass(frozen=True)

@@ -38,9 +38,10 @@ def _run(node: Any, experts: Experts, ids: list[list[int]], made: Tensor | None 
     draw = torch.Generator().manual_seed(2)
     dtype = experts.down.dtype
     copies = copies_of(torch.tensor(ids), 4, made)
-    source = torch.randn(len(ids), 16, generator=draw).to(dtype).requires_grad_()
-    weights = torch.rand(len(ids), len(ids[0]), generator=draw).to(dtype).requires_grad_()
-    grad = torch.randn(source.shape, generator=draw).to(dtype)
+    # Numbers that bf16 holds, so that every dtype starts from the same.
+    source = torch.randn(len(ids), 16, generator=draw).bfloat16().to(dtype).requires_grad_()
+    weights = torch.rand(len(ids), len(ids[0]), generator=draw).bfloat16().to(dtype).requires_grad_()
+    grad = torch.randn(source.shape, generator=draw).bfloat16().to(dtype)
     rows = Rows(source, weights.flatten()[copies.choice_of_row_R], copies)
     y: Tensor = node(experts, rows)
     y.backward(grad)
@@ -52,16 +53,22 @@ def _run(node: Any, experts: Experts, ids: list[list[int]], made: Tensor | None 
     }
 
 
-def _node(function: Any) -> Any:
+def _node(function: Any, *arguments: Any) -> Any:
     def run(experts: Experts, rows: Rows) -> Tensor:
         biases = (experts.gate_up_bias, experts.down_bias)
         parameters = (experts.gate_up, biases[0], experts.down, biases[1])
-        y: Tensor = function.apply(
-            rows.source_MD, rows.weights_R, *parameters, rows.copies, experts.unit, experts.recompute
-        )
+        switches = (experts.unit, experts.recompute, *arguments)
+        y: Tensor = function.apply(rows.source_MD, rows.weights_R, *parameters, rows.copies, *switches)
         return y
 
     return run
+
+
+def _loop(products: torch.dtype) -> Any:
+    return _node(LoopedExperts, products)
+
+
+GROUPED = _node(GroupedExperts)
 
 
 def _plainly(experts: Experts, rows: Rows) -> Tensor:
@@ -100,7 +107,7 @@ def _compare(found: Found, expected: Found, tolerance: float) -> None:
 @pytest.mark.parametrize("load", LOADS)
 def test_the_loop_equals_the_formula(load: str, unit: str, bias: bool, recompute: bool) -> None:
     experts = _experts(UNITS[unit], bias, torch.float64, recompute)
-    found = _run(_node(LoopedExperts), experts, LOADS[load])
+    found = _run(_loop(torch.float64), experts, LOADS[load])
     experts.zero_grad()
     _compare(found, _run(_plainly, experts, LOADS[load]), 1e-12)
 
@@ -111,16 +118,42 @@ def test_the_loop_equals_the_formula(load: str, unit: str, bias: bool, recompute
 @pytest.mark.parametrize("load", LOADS)
 def test_grouped_gemm_equals_the_loop(load: str, unit: str, bias: bool, recompute: bool) -> None:
     experts = _experts(UNITS[unit], bias, torch.float32, recompute)
-    found = _run(_node(GroupedExperts), experts, LOADS[load])
+    found = _run(GROUPED, experts, LOADS[load])
     experts.zero_grad()
-    _compare(found, _run(_node(LoopedExperts), experts, LOADS[load]), 1e-4)
+    _compare(found, _run(_loop(torch.float32), experts, LOADS[load]), 1e-4)
 
 
-@pytest.mark.parametrize("function", [LoopedExperts, GroupedExperts])
-def test_choices_that_are_not_made_get_nothing(function: Any) -> None:
+@pytest.mark.parametrize(
+    ("products", "error"), [(torch.bfloat16, 2e-2), (torch.float32, 5e-3)], ids=["bf16", "float32"]
+)
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("load", LOADS)
+def test_bf16_is_near_the_formula_whatever_its_products_are_in(
+    load: str, unit: str, bias: bool, products: torch.dtype, error: float
+) -> None:
+    """Float32 products leave only what is stored to round: a result, or a pre-activation, to 8 bits."""
+    found = []
+    for recompute in (False, True):
+        experts = _experts(UNITS[unit], bias, torch.bfloat16, recompute)
+        found.append(_run(_loop(products), experts, LOADS[load]))
+    experts.zero_grad()
+    right = _run(_plainly, experts.double(), LOADS[load])
+    for name, exact in right.items():
+        kept, recomputed = found[0][name], found[1][name]
+        assert (exact is None) == (kept is None), name
+        if exact is None or kept is None or recomputed is None:
+            continue
+        assert kept.dtype == torch.bfloat16, name
+        assert torch.equal(kept, recomputed), name
+        assert float((kept.double() - exact).norm()) <= error * float(exact.norm()), name
+
+
+@pytest.mark.parametrize("node", [_loop(torch.float32), GROUPED], ids=["loop", "grouped"])
+def test_choices_that_are_not_made_get_nothing(node: Any) -> None:
     experts = _experts(UNITS["gpt_oss"], True, torch.float32)
     made = torch.tensor([[True, False], [False, False], [True, True], [False, True], [True, True]])
-    found = _run(_node(function), experts, LOADS["uneven"], made)
+    found = _run(node, experts, LOADS["uneven"], made)
     assert found["y"] is not None
     assert found["weights"] is not None
     assert found["source"] is not None
@@ -130,17 +163,19 @@ def test_choices_that_are_not_made_get_nothing(function: Any) -> None:
     assert found["weights"][made].all()
     nothing = torch.zeros_like(made)
     experts.zero_grad()
-    empty = _run(_node(function), experts, LOADS["uneven"], nothing)
+    empty = _run(node, experts, LOADS["uneven"], nothing)
     assert not any(value.any() for value in empty.values() if value is not None)
 
 
-@pytest.mark.parametrize("function", [LoopedExperts, GroupedExperts])
-def test_bf16_rounds_each_sum_once(function: Any) -> None:
+@pytest.mark.parametrize(
+    "node", [_loop(torch.bfloat16), _loop(torch.float32), GROUPED], ids=["loop", "loop in float32", "grouped"]
+)
+def test_bf16_rounds_each_sum_once(node: Any) -> None:
     """A token whose 64 choices add up to little: sums kept in bf16 would lose most of it."""
     ids = [[e % 4 for e in range(64)]]
     experts = _experts(UNITS["swiglu"], False, torch.bfloat16)
-    found = _run(_node(function), experts, ids)
-    exact = _run(_node(LoopedExperts), experts.double(), ids)
+    found = _run(node, experts, ids)
+    exact = _run(_loop(torch.float64), experts.double(), ids)
     for name in ("y", "source"):
         ours, right = found[name], exact[name]
         assert ours is not None
@@ -157,7 +192,7 @@ def test_several_threads_give_the_same_and_leave_no_trace() -> None:
         for threads in (1, 2, 3, 8):  # more than there are experts
             torch.set_num_threads(threads)
             experts.zero_grad()
-            found.append(_run(_node(LoopedExperts), experts, ids))
+            found.append(_run(_loop(torch.float64), experts, ids))
             assert torch.get_num_threads() == threads
             with torch.inference_mode():
                 rows = Rows(

@@ -44,7 +44,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def export(model: Saved, to: Path, tokenizer: Path, **choices: Any) -> Written:
     with new_folder(to) as folder:
-        return write(folder, model.run, model.step, model.names(), model.tensor, tokenizer, **choices)
+        return write(folder, model.run, model.step, model.names(), model.pieces, tokenizer, **choices)
 
 
 def stock(folder: Path, **choices: Any) -> Any:
@@ -64,7 +64,7 @@ def ids(config: ModelConfig, length: int = 40) -> torch.Tensor:
 
 def difference(model: Any, config: ModelConfig, source: Saved) -> float:
     """Largest difference of logits relative to the largest logit."""
-    ours = our_logits(config, source.tensor, ids(config))
+    ours = our_logits(config, source.pieces, ids(config))
     with torch.inference_mode():
         theirs = model(ids(config)).logits
     return float((ours - theirs).abs().max() / ours.abs().max())
@@ -73,7 +73,7 @@ def difference(model: Any, config: ModelConfig, source: Saved) -> float:
 def measured(folder: Path, config: ModelConfig, source: Saved, dtype: Dtype = "fp32") -> Comparison:
     """What `verify` finds, without a process of its own."""
     reference = folder.parent / "reference.safetensors"
-    save_reference(reference, config, source.tensor, dtype)
+    save_reference(reference, config, source.pieces, dtype)
     return Comparison(**compare.measure(folder, reference))
 
 
@@ -89,7 +89,7 @@ def test_stock_code_loads_the_export_and_gives_our_logits(
 @ALL
 def test_a_run_becomes_the_same_stock_model_in_memory(config: ModelConfig, tokenizer: Path) -> None:
     source = saved(config)
-    model, _ = from_run(source.run, source.names(), source.tensor, tokenizer)
+    model, _ = from_run(source.run, source.names(), source.pieces, tokenizer)
     assert difference(model, config, source) < TOLERANCE
 
 
@@ -101,7 +101,7 @@ def test_every_disk_name_is_written_once_with_its_rows(
     written = export(source, tmp_path / "out", tokenizer, max_shard_size=6000)
     assert len(written.weight_files) > 3
     index = json.loads((tmp_path / "out/model.safetensors.index.json").read_text())
-    expected = dict(disk_tensors(moves(family_of(config), config), source.tensor))
+    expected = dict(disk_tensors(moves(family_of(config), config), source.pieces))
     found = {}
     for file in written.weight_files:
         with safe_open(tmp_path / "out" / file, "pt") as opened:
@@ -182,7 +182,7 @@ def test_verify_says_what_stock_code_said(tmp_path: Path, tokenizer: Path) -> No
     export(source, tmp_path / "out", tokenizer)
     (tmp_path / "out/model.safetensors").write_bytes(b"not weights")
     with pytest.raises(ExportError, match="cannot load the export"):
-        verify(tmp_path / "out", config, source.tensor, "fp32")
+        verify(tmp_path / "out", config, source.pieces, "fp32")
     with pytest.raises(CheckpointError, match="cannot be loaded"):
         from_folder(tmp_path / "out")
 
@@ -260,11 +260,11 @@ def test_an_export_that_fails_half_way_leaves_nothing(
 ) -> None:
     source = saved(CASES["qwen3_moe"][1])
 
-    def read(name: str) -> torch.Tensor:
+    def read(name: str) -> Iterator[torch.Tensor]:
         assert not (tmp_path / "out").exists()
         if name == "layers.2.ffn.experts.down":
             raise error
-        return source.tensor(name)
+        return source.pieces(name)
 
     with pytest.raises(error), new_folder(tmp_path / "out") as folder:
         write(folder, source.run, source.step, source.names(), read, tokenizer, max_shard_size=20_000)

@@ -7,7 +7,7 @@ from moe.hf.convert import check_names, disk_tensors, moves
 from moe.hf.families import FAMILIES, setting
 from moe.hf.match import check_exportable, family_of
 from moe.hf.pages import SpecialTokens, config_page
-from tests.stock import CASES, model, random_weights
+from tests.stock import CASES, Saved, model, random_weights, run_of
 
 ALL = pytest.mark.parametrize(("model_type", "config"), CASES.values(), ids=CASES)
 
@@ -39,7 +39,10 @@ def test_no_model_meets_two_rows() -> None:
 def test_joining_what_was_split_gives_the_tensor_back(model_type: str, config: ModelConfig) -> None:
     weights = random_weights(config)
     for move in moves(family_of(config), config):
-        parts = [part for _, part in move.split(weights[move.ours])]
+        pieces = enumerate(weights[move.ours] if move.stacked else [weights[move.ours]])
+        named = [pair for number, piece in pieces for pair in move.split(number, piece)]
+        assert tuple(name for name, _ in named) == move.disk
+        parts = [part for _, part in named]
         assert all(part.shape == move.disk_shape for part in parts)
         assert torch.equal(move.join(parts), weights[move.ours])
 
@@ -56,7 +59,7 @@ def test_our_transformer_has_exactly_the_names_of_the_plan(model_type: str, conf
 def test_gate_rows_come_before_up_rows() -> None:
     config = CASES["mixtral"][1]
     weights = random_weights(config)
-    disk = dict(disk_tensors(moves(family_of(config), config), weights.__getitem__))
+    disk = dict(disk_tensors(moves(family_of(config), config), Saved(run_of(config), weights).pieces))
     gate_up = weights["layers.1.ffn.experts.gate_up"]
     half = gate_up.shape[1] // 2
     assert torch.equal(disk["model.layers.1.block_sparse_moe.experts.3.w1.weight"], gate_up[3, :half])
@@ -158,9 +161,17 @@ def test_a_missing_or_an_unknown_weight_is_refused() -> None:
 def test_a_weight_of_another_shape_or_that_is_not_finite_is_refused() -> None:
     config = CASES["qwen3_moe"][1]
     plan, weights = moves(family_of(config), config), random_weights(config)
-    with pytest.raises(ExportError, match=r"saved with shape \[24, 112\]"):
-        list(disk_tensors(plan, (weights | {"embed.weight": weights["embed.weight"].T}).__getitem__))
-    broken = weights["norm.weight"].clone()
-    broken[3] = torch.nan
-    with pytest.raises(ExportError, match="not finite"):
-        list(disk_tensors(plan, (weights | {"norm.weight": broken}).__getitem__))
+    down = "layers.1.ffn.experts.down"
+
+    def refused(name: str, tensor: torch.Tensor, words: str) -> None:
+        source = Saved(run_of(config), weights | {name: tensor})
+        with pytest.raises(ExportError, match=words):
+            list(disk_tensors(plan, source.pieces))
+
+    refused("embed.weight", weights["embed.weight"].T, r"embed.weight is saved with shape \[24, 112\]")
+    refused(down, weights[down][:4], r"down is saved with shape \[4, 24, 20\]")
+    refused(down, weights[down][[0, 1, 2, 3, 4, 4]], r"down is saved with shape \[6, 24, 20\]")
+    for value in (torch.nan, torch.inf, -torch.inf):
+        broken = weights[down].clone()
+        broken[3, 23, 19] = value
+        refused(down, broken, "down holds values that are not finite")

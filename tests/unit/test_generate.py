@@ -42,14 +42,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def folder(run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     source, target = saved(CONFIG), tmp_path_factory.mktemp("export") / "out"
     with new_folder(target) as new:
-        write(new, source.run, source.step, source.names(), source.tensor, run / "tokenizer")
+        write(new, source.run, source.step, source.names(), source.pieces, run / "tokenizer")
     return target
 
 
 @pytest.fixture(scope="module")
 def opened(run: Path) -> tuple[Any, Any]:
     source = saved(CONFIG)
-    return from_run(source.run, source.names(), source.tensor, run / "tokenizer")
+    return from_run(source.run, source.names(), source.pieces, run / "tokenizer")
 
 
 def test_greedy_text_follows_the_largest_of_our_logits(
@@ -58,7 +58,7 @@ def test_greedy_text_follows_the_largest_of_our_logits(
     model, tokenizer = opened
     source, ids = saved(CONFIG), tokenizer("!abc")["input_ids"]
     for _ in range(12):
-        logits_1SV = our_logits(CONFIG, source.tensor, torch.tensor([ids]))
+        logits_1SV = our_logits(CONFIG, source.pieces, torch.tensor([ids]))
         ids.append(int(logits_1SV[0, -1].argmax()))
         if ids[-1] == tokenizer.eos_token_id:
             break

@@ -1,6 +1,5 @@
 """The health of sparse layers against plain loops over float64, over any split, without reading a tensor."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -82,7 +81,7 @@ def test_masked_tokens_count_nowhere_even_if_they_are_not_finite() -> None:
         }
         for tensor in bad.values():
             tensor[~mask] = value
-        found = health.summarize(health.observe([dataclasses.replace(record, **bad)], mask), mask.sum())
+        found = health.summarize(health.observe([record._replace(**bad)], mask), mask.sum())
         assert _values(found, 0) == _values(clean, 0)
 
 
@@ -90,12 +89,11 @@ def test_masked_tokens_count_nowhere_even_if_they_are_not_finite() -> None:
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=5), st.integers(0, 999))
 def test_samples_of_any_split_join_to_the_whole(sizes: list[int], seed: int) -> None:
     whole, mask = _routed(sum(sizes), seed=seed)
-    layers = (whole, dataclasses.replace(whole, logits_TE=whole.logits_TE * 2))
+    layers = (whole, whole._replace(logits_TE=whole.logits_TE * 2))
     sample = None
     for rows in torch.arange(sum(sizes)).split(sizes):
         parts = [
-            dataclasses.replace(
-                record,
+            record._replace(
                 probabilities_TE=record.probabilities_TE[rows],
                 log_sum_exp_T=record.log_sum_exp_T[rows],
                 logits_TE=record.logits_TE[rows],
@@ -140,7 +138,7 @@ def test_nothing_joins_the_graph() -> None:
 def test_nothing_is_read_on_the_host() -> None:
     """Tensors on the meta device have no values: whoever asked for one would fail."""
     record, mask = _routed(8)
-    on_meta = {f.name: getattr(record, f.name).to("meta") for f in dataclasses.fields(record)}
+    on_meta = {name: value.to("meta") for name, value in record._asdict().items()}
     counts = torch.zeros(1, 6, dtype=torch.int64, device="meta")
     sample = health.observe([RoutingRecord(**on_meta)], mask.to("meta")).joined(None)
     health.summarize(sample.joined(sample), mask.sum().to("meta"), [torch.zeros(6, device="meta")])

@@ -35,8 +35,8 @@ TOO_MUCH: dict[str, tuple[list[str], list[str]]] = {
     "endless timeout": (["parallel.timeout_minutes=1e300"], ["timeout_minutes is 1e+300", "equal to 10080"]),
     "no timeout": (["parallel.timeout_minutes=1e-300"], ["timeout_minutes is 1e-300", "equal to 0.1"]),
     "timeout of many digits": (["parallel.timeout_minutes=" + "9" * 400], ["timeout_minutes is 99"]),
-    "stage with a fraction": (["parallel.zero_stage=1.0"], ["zero_stage is 1.0", "0, 1 or 2"]),
-    "stage of a switch": (["parallel.zero_stage=true"], ["zero_stage is True", "0, 1 or 2"]),
+    "stage with a fraction": (["parallel.zero_stage=1.0"], ["zero_stage is 1.0", "0, 1, 2 or 3"]),
+    "stage of a switch": (["parallel.zero_stage=true"], ["zero_stage is True", "0, 1, 2 or 3"]),
     "list of itself": (["seed=&x [*x]"], ["seed is [[[[...]]]]", "valid integer"]),
     "long name": (["name=" + "a" * 256], ["name is 'aaa", "at most 255 characters"]),
 }

@@ -80,6 +80,37 @@ def test_steps_are_the_same_for_every_layout(data: TokenData, world_size: int, m
     assert [list(itertools.chain(*step)) for step in zip(*ranks, strict=True)] == alone
 
 
+@pytest.mark.parametrize("parts", [2, 4])
+def test_parts_of_positions_make_up_the_rows(data: TokenData, parts: int) -> None:
+    """Of training and of validation, whose last row is short: ids, labels and what counts."""
+    size = LENGTH // parts
+    positions = [slice(part * size, (part + 1) * size) for part in range(parts)]
+
+    def batches(here: slice) -> list[Batch]:
+        train = train_batches(
+            data,
+            sequence_length=LENGTH,
+            global_batch_size=8,
+            micro_batch_size=2,
+            rank=1,
+            world_size=2,
+            seed=5,
+            start_step=3,
+            positions=here,
+        )
+        held_out = validation_batches(
+            data, sequence_length=LENGTH, batch_size=2, rank=0, world_size=1, positions=here
+        )
+        return [*next(train), *held_out]
+
+    whole, *cut = [batches(here) for here in (slice(None), *positions)]
+    assert not whole[-1].mask_BS.all()
+    for row, *pieces in zip(whole, *cut, strict=True):
+        assert all(piece.mask_BS.shape == (2, size) for piece in pieces)
+        for name, tensor in vars(row).items():
+            assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces], dim=1), tensor)
+
+
 @pytest.mark.parametrize("global_batch_size", [1, 5, 46])
 def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order(
     data: TokenData, global_batch_size: int

@@ -141,3 +141,48 @@ def test_nothing_is_read_until_a_record_is_due(tiny_page: Page, tmp_path: Path) 
     assert not (tmp_path / "metrics.jsonl").exists()
     with pytest.raises((RuntimeError, NotImplementedError)):
         meter.step(nowhere, step=8, tokens=8, unused=unused)
+
+
+@pytest.mark.parametrize(
+    ("before", "level", "said"),
+    [
+        (
+            1.5,
+            logging.INFO,
+            "step 3 was taken before: its loss was 1.500000 and is 1.500000, relative difference 0",
+        ),
+        (1.5 * (1 + 5e-5), logging.INFO, "relative difference 5.0e-05"),
+        (1.501, logging.WARNING, "relative difference 6.7e-04: above 1e-04, so look at what has changed"),
+        (None, None, ""),
+    ],
+)
+def test_a_step_taken_again_is_compared_with_what_it_was(
+    before: float | None,
+    level: int | None,
+    said: str,
+    tiny_page: Page,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    lines: list[Page] = [
+        {"step": 2, "loss": 9.0},
+        {"step": 4, "loss": 9.0},
+        {"step": 3, "validation_loss": 9.0},
+    ]
+    if before is not None:
+        lines.insert(1, {"step": 3, "loss": before})
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(line) + "\n" for line in lines) + '{"step": 3, "lo'
+    )
+    run = RunConfig.model_validate(tiny_page | {"run_dir": str(tmp_path), "logging": {"peak_tflops": 1.0}})
+    log.get().propagate = True
+    with (
+        caplog.at_level(logging.INFO, log.LOGGER_NAME),
+        Tracker.open(run, speaks=True, step=2) as tracker,
+    ):
+        meter = Meter(run, Ranks(), tracker)
+        for step in (3, 4):
+            meter.step(_result(), step=step, tokens=256 * step)
+    about = [record for record in caplog.records if "taken before" in record.getMessage()]
+    assert [record.levelno for record in about] == ([level] if level else [])
+    assert all(said in record.getMessage() for record in about)

@@ -7,7 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
@@ -324,6 +324,7 @@ def _buffers(draw: st.DrawFn) -> tuple[list[tuple[int, Stack]], int, int]:
     return placed, -(-(end + draw(st.integers(0, 3))) // number), number
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(_buffers())
 def test_partitions_hold_every_matrix_once(buffer: tuple[list[tuple[int, Stack]], int, int]) -> None:
     placed, size, number = buffer

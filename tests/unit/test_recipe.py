@@ -98,7 +98,7 @@ def test_an_override_of_any_depth_is_no_crash(path: str, tiny_page: Page) -> Non
     def read() -> None:
         override = f"{path}{'.a' * 3000}=1"
         run = recipe.parse(RunConfig, yaml.safe_dump(tiny_page), [override], source="r.yaml")
-        ds_config.check(run.deepspeed)
+        ds_config.check(run.deepspeed, run.parallel.zero_stage)
 
     with pytest.raises(ConfigError) as refused:
         read()

@@ -1,0 +1,47 @@
+"""A safetensors file -> its tensors one at a time, by plain reads.
+
+`safetensors` maps the whole file into memory: each page that was once looked at counts as ours while the file is
+open. Here only the header is kept, and a tensor costs its own bytes. (https://huggingface.co/docs/safetensors)
+"""
+
+import json
+import struct
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moe.errors import CheckpointError
+
+_DTYPES = {"F32": torch.float32, "I64": torch.int64}
+"""What checkpoints hold."""
+
+
+class TensorFile:
+    """One file of a checkpoint; open only while a tensor is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        with path.open("rb") as file:
+            (length,) = struct.unpack("<Q", file.read(8))
+            self._entries = json.loads(file.read(length))
+        self._data = 8 + length
+
+    def read(self, key: str) -> Tensor:
+        """A tensor in memory of its own. Raises `CheckpointError` if the file cannot be read any more."""
+        entry = self._entries[key]
+        start, end = entry["data_offsets"]
+        dtype = _DTYPES[entry["dtype"]]
+        assert end - start == prod(entry["shape"]) * dtype.itemsize
+        raw = torch.empty(end - start, dtype=torch.uint8)
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._data + start)
+                if file.readinto(raw.numpy().data) != end - start:
+                    raise OSError("it was cut")
+        except OSError as error:
+            raise CheckpointError(
+                f"{self.path} cannot be read ({error}). Mend that, and try again."
+            ) from None
+        return raw.view(dtype).view(entry["shape"])
