@@ -1,0 +1,124 @@
+"""`turnout certify` as a user meets it: a table, a certificate, an exit code; and the certificate in checkpoints."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from moe import train
+from moe.checkpoint import certificate, folder
+from moe.checkpoint.save import TrainState, save
+from moe.config import RunConfig
+from moe.errors import ConfigError
+from moe.recipe import load
+from tests.conftest import WriteRecipe
+from tests.dist.layouts import ranks_of, start, tiny
+from tests.harness import run_ranks
+
+DEMO = "configs/demo.yaml"
+SMALL = ("--layouts", "ep=2,zero=1,then=resume")
+
+
+def turnout(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "moe.cli", "certify", *arguments]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+
+
+@pytest.mark.timeout(300)
+def test_the_demo_is_certified(tmp_path: Path) -> None:
+    done = turnout(DEMO, f"run_dir={tmp_path / 'run'}", "--world", "2", *SMALL)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "2 of 2 trainings of a small demo on cpu do what one process and the rules say." in done.stdout
+    page = json.loads((tmp_path / "run/certificate.json").read_text())
+    assert (page["format"], page["version"], page["verdict"]) == ("turnout-certificate", 1, "pass")
+    assert page["recipe"]["model"]["hidden_size"] == 192
+    assert page["small_recipe"]["model"]["hidden_size"] == 32
+    assert set(page["versions"]) == {"turnout", "torch", "deepspeed", "python"}
+    layout = page["trials"][1]["layout"]
+    assert {key: layout[key] for key in ("world", "ep", "zero", "then")} == {
+        "world": 2,
+        "ep": 2,
+        "zero": 1,
+        "then": "resume",
+    }
+    checks = {check["check"]: check for check in page["trials"][1]["checks"]}
+    assert checks["gradient of experts"]["passed"]
+    assert 0 < checks["gradient of experts"]["deviation"] < checks["gradient of experts"]["bound"]
+    assert checks["exp_avg after resume"]["deviation"] == 0
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["certificate.json"]
+    run = load(RunConfig, DEMO, [f"run_dir={tmp_path / 'run'}", "parallel.zero_stage=2"])
+    assert certificate.find(run, run.folder) == page
+    other = load(RunConfig, DEMO, [f"run_dir={tmp_path / 'run'}", "model.moe.top_k=3"])
+    assert certificate.find(other, run.folder) is None
+
+
+@pytest.mark.timeout(1500)
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", [DEMO, "configs/study/dense.yaml", "configs/study/sparse.yaml"])
+def test_every_shipped_recipe_is_certified_in_the_whole_selection(recipe: str, tmp_path: Path) -> None:
+    done = turnout(recipe, "--world", "4", "--json", str(tmp_path / "certificate.json"))
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("no.yaml",), "no.yaml: the recipe cannot be read"),
+        ((DEMO, "model.moe.topk=2"), "did you mean model.moe.top_k?"),
+        ((DEMO, "--layouts", "ep=3"), "the recipe allows none of them"),
+        ((DEMO, "--layouts", "zero=7"), "zero is '7': it must be one of"),
+        ((DEMO, "--json", "configs"), "is a directory"),
+        ((DEMO, "--json", f"{DEMO}/certificate.json"), "cannot be written"),
+    ],
+)
+def test_what_cannot_be_done_is_said_with_exit_code_2(arguments: tuple[str, ...], words: str) -> None:
+    done = turnout(*arguments)
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def _save_all(rank: int, folders: list[Path]) -> None:
+    for run_folder in folders:
+        run = tiny(run_dir=str(run_folder))
+        save(start(run, ranks_of(rank, 1, 1)), TrainState(0, 0), "data")
+
+
+def test_a_certificate_that_fits_the_recipe_goes_into_checkpoints(tmp_path: Path) -> None:
+    names = {"fitting": certificate.recipe_hash(tiny()), "another": "0" * 64, "none": ""}
+    for name, found in names.items():
+        (tmp_path / name).mkdir()
+        if found:
+            page: dict[str, Any] = {"recipe_sha256": found, "verdict": "pass"}
+            (tmp_path / name / "certificate.json").write_text(json.dumps(page))
+    run_ranks(_save_all, 1, tmp_path, [tmp_path / name for name in names])
+    listed = {}
+    for name in names:
+        step = tmp_path / name / "checkpoints/step_0"
+        manifest = folder.read_manifest(step)
+        folder.verify(step, manifest)
+        listed[name] = "certificate.json" in manifest.files
+    assert listed == {"fitting": True, "another": False, "none": False}
+
+
+class _Data:
+    vocab_size, fingerprint = 512, "data"
+
+    def num_tokens(self, split: str) -> int:
+        return 10_000
+
+
+def test_a_run_folder_with_a_certificate_alone_can_be_trained_in(
+    tiny_page: dict[str, Any], write_recipe: WriteRecipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(train.TokenData, "open", lambda *_, **__: _Data())
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/certificate.json").write_text("{}")
+    run = load(RunConfig, write_recipe({**tiny_page, "run_dir": str(tmp_path / "run")}))
+    assert isinstance(train.preflight(run, 1), _Data)
+    (tmp_path / "run/notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="holds other things than a run"):
+        train.preflight(run, 1)
