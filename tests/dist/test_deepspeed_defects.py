@@ -17,7 +17,7 @@ from torch import nn
 
 from moe.config import RunConfig
 from moe.engine import ds_config
-from moe.engine.library import deepspeed
+from moe.engine import library  # noqa: F401  (DeepSpeed must be imported by it)
 from moe.errors import ConfigError
 from tests.dist.layouts import ranks_of, start, tiny, train
 from tests.harness import run_ranks
@@ -59,6 +59,9 @@ def _look(rank: int, folder: Path) -> None:
     dist.barrier()
     found = torch.load(folder / "model.bin", weights_only=True)
     seen["experts"] = [len(tensor) for name, tensor in found.items() if name.endswith("experts.down")]
+    with pytest.raises(AttributeError) as refused:
+        engine.wrapped.save_checkpoint(str(folder / "theirs"))
+    seen["saving"] = str(refused.value)
     engine.wrapped.destroy()
 
     # The router's bias is a buffer that moves in steps of 1e-3: bf16 would lose them.
@@ -117,11 +120,22 @@ def test_deepspeed_s_muon_makes_its_step_before_the_norm_that_clips_it() -> None
     assert "get_flat_partition" not in step
 
 
-def test_its_loading_looks_at_no_expert_parallel_size() -> None:
-    """Another EP at the same world size scrambles state in silence, so nothing of ours calls it."""
-    source = inspect.getsource(deepspeed.runtime.engine.DeepSpeedEngine.load_checkpoint)
-    assert "ep_size" not in source, "it may guard itself now"
+def test_deepspeed_s_own_checkpoints_refuse_our_layers_and_nothing_of_ours_calls_them(
+    seen: dict[str, Any],
+) -> None:
+    """At the same world size it loads another expert parallelism without a word, and scrambles the experts."""
+    assert "'w1'" in seen["saving"], "it takes our experts now: think of what it does at another EP"
     rooms = [*Path("moe").rglob("*.py"), *Path("launch").rglob("*.py")]
     assert len(rooms) > 100
     calls = ("wrapped.load_checkpoint", "wrapped.save_checkpoint", "save_16bit_model(", "zero_to_fp32")
     assert not [path for path in rooms for call in calls if call in path.read_text(encoding="utf-8")]
+
+
+def test_bf16_under_stage_0_leaves_experts_out_of_the_norm() -> None:
+    from deepspeed.runtime.fp16.unfused_optimizer import FP16_UnfusedOptimizer
+
+    assert "grads_for_norm, _ = split_params_grads_into_shared_and_expert_params" in inspect.getsource(
+        FP16_UnfusedOptimizer.step
+    ), "it counts them now: look at its float32 masters, and allow bf16 under stage 0"
+    with pytest.raises(ConfigError, match="zero_stage is 0 with train.precision bf16"):
+        tiny(parallel={"zero_stage": 0}, train={"precision": "bf16"})
