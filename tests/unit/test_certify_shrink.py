@@ -141,7 +141,7 @@ def test_a_small_recipe_has_every_switch_and_fits_every_layout(run: RunConfig, w
     for ep in divisors(world):
         if experts % ep == 0:
             for accumulation in (1, 2):
-                layout = Layout(world, ep, 1, accumulation)
+                layout = Layout(world, ep, accumulation=accumulation)
                 assert check_world(spread(small, layout), world) == accumulation
                 check_world(spread(small, reference(small, layout)), 1)
 
@@ -191,6 +191,7 @@ def test_the_selection_has_every_ep_with_every_stage_and_each_value_of_the_other
     assert {layout.recompute for layout in chosen} == {"none", "experts", "block"}
     assert {layout.accumulation for layout in chosen} == {1, 2}
     assert {layout.then for layout in chosen} == {"", "resume", "resize"}
+    assert {layout.sp for layout in chosen} == {1, 2}
     assert {layout.offload for layout in chosen} == set(offloads())
 
 
@@ -207,7 +208,7 @@ def test_what_the_rules_refuse_is_left_out_with_the_rule() -> None:
 
 def test_layouts_are_all_combinations_of_what_is_asked() -> None:
     found = parse("ep=1/2, zero=1,then=resume", 2)
-    assert found == [Layout(2, 1, 1, then="resume"), Layout(2, 2, 1, then="resume")]
+    assert found == [Layout(2, 1, then="resume"), Layout(2, 2, then="resume")]
     assert parse("world=1,accumulation=2", 4) == [Layout(1, accumulation=2)]
 
 
@@ -217,7 +218,7 @@ def test_layouts_are_all_combinations_of_what_is_asked() -> None:
         ("", "'' is no part of a layout"),
         ("ep", "'ep' is no part"),
         ("ep=", "no part of a layout"),
-        ("epp=2", "axes are world, ep, zero"),
+        ("epp=2", "axes are world, ep, sp, zero"),
         ("ep=two", "ep is 'two': it must be a number of 1 to 64"),
         ("ep=0", "must be a number of 1 to 64"),
         ("zero=9", "zero is '9': it must be one of 0, 1, 2"),
