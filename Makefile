@@ -39,7 +39,7 @@ test: venv  ## The tests, with real 2- and 4-process runs, under 15 minutes on 2
 test-all: venv  ## The slow tests that `make test` leaves out
 	$(OFFLINE) $(BIN)/python -m pytest -m slow
 
-parity: venv  ## The layout parity of `make test` as a table: 80 layouts beside one process
+parity: venv  ## The layout parity, more of it than `make test` has, as a table: 151 layouts beside one process; half an hour
 	$(OFFLINE) $(BIN)/python -m tests.dist.parity
 
 check: venv  ## Format, lint, types and the floors between packages

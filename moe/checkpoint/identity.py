@@ -49,6 +49,12 @@ def check(run: RunConfig, data_fingerprint: str) -> Manifest | None:
             f"{manifest.data_fingerprint}, now {data_fingerprint}): the position would mean other samples. "
             f"Prepare the data as it was, or choose another run_dir."
         )
+    if manifest.next_sample != (expected := manifest.step * run.train.global_batch_size):
+        raise CheckpointError(
+            f"{folder} says that sample {manifest.next_sample} comes next, but after {manifest.step} steps of "
+            f"{run.train.global_batch_size} sequences it is sample {expected}: samples would be left out or seen "
+            f"twice. Go on with the version of turnout that wrote it, or choose another run_dir."
+        )
     if manifest.step > run.train.steps:
         raise CheckpointError(
             f"{folder} is at step {manifest.step}, but train.steps is {run.train.steps}: there is nothing to go on "

@@ -136,8 +136,8 @@ def _together(ranks: Ranks, folder: Path, work: Callable[[], T]) -> list[T]:
     fault = ""
     try:
         done = work()
-    except OSError as error:
-        fault = f"rank {ranks.rank} could not write to {folder}: {error.strerror or error}"
+    except (OSError, CheckpointError) as error:
+        fault = f"rank {ranks.rank} could not write to {folder}: {getattr(error, 'strerror', None) or error}"
     faults = [said for said in ranks.gather(fault) if said]
     if faults:
         raise CheckpointError(

@@ -254,9 +254,12 @@ class Engine:
 
     def _verdict(self, guard: Guard, step: int, terms: Tensor, norm: Tensor) -> tuple[str, Guard]:
         """Why the update was not made, if it was not, and the guard after this step."""
-        if self._gate is None:
-            return "", guard
-        config, seen = self.run.train.guard, (_watched(terms), float(norm))
+        config = self.run.train.guard
+        if (
+            self._gate is None
+        ):  # values are not looked at, nor waited for; what an earlier guard knew grows stale
+            return "", guard.taken(config, math.nan, math.nan)
+        seen = _watched(terms), float(norm)
         if config.non_finite == "stop":
             self._refuse_divergence(step, norm, seen[0])
         return guard.fault(config, *seen), guard.after(config, *seen)

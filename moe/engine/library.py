@@ -19,8 +19,9 @@ from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
 # The shared-memory collective serves only inference, and compiling it takes minutes when ranks start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-# DeepSpeed 0.19.8 calls it by the name that torch 2.13 deprecates; nothing a user can do.
+# DeepSpeed 0.19.8 calls both by names that torch 2.13 deprecates; nothing a user can do.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
+warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)
 logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
 # It warns of every optimizer that is not on its list, so of our Muon; layouts are held to one process in tests/dist.
 logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())

@@ -11,6 +11,7 @@ from moe.config import ModelConfig
 from moe.model.norm import RMSNorm
 from moe.model.rope import Rotation
 from moe.model.ulysses import SequenceGroup
+from moe.sparse.linear import Linear
 
 
 class Attention(nn.Module):
@@ -21,10 +22,10 @@ class Attention(nn.Module):
         self.sequence_group = sequence_group or SequenceGroup()
         heads, kv_heads, bias = config.attention.num_heads, config.num_kv_heads, config.attention.qkv_bias
         self.head_dim = config.head_dim
-        self.query = nn.Linear(config.hidden_size, heads * self.head_dim, bias=bias)
-        self.key = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
-        self.value = nn.Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
-        self.output = nn.Linear(heads * self.head_dim, config.hidden_size, bias=False)
+        self.query = Linear(config.hidden_size, heads * self.head_dim, bias=bias)
+        self.key = Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.value = Linear(config.hidden_size, kv_heads * self.head_dim, bias=bias)
+        self.output = Linear(heads * self.head_dim, config.hidden_size, bias=False)
         norm = config.attention.qk_norm
         self.query_norm = RMSNorm(self.head_dim, config.norm_eps) if norm else None
         self.key_norm = RMSNorm(self.head_dim, config.norm_eps) if norm else None

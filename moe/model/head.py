@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe.sparse.product import product_dtype
+
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at a time: 64 MiB in float32, whatever the batch and the vocabulary."""
 
@@ -30,7 +32,7 @@ class Head(nn.Module):
         # Asked here: inside a Function's forward, gradients are always off and needs_input_grad ignores no_grad.
         backward = torch.is_grad_enabled() and (h.requires_grad or self.weight.requires_grad)
         loss: Tensor = _LinearCrossEntropy.apply(
-            h.flatten(0, -2), self.weight, labels.flatten(), kept.flatten(), backward
+            h.flatten(0, -2), self.weight, labels.flatten(), kept.flatten(), backward, product_dtype(h)
         )
         return loss
 
@@ -44,41 +46,49 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, h_TD: Tensor, weight_VD: Tensor, labels_T: Tensor, mask_T: Tensor, backward: bool
+        ctx: Any,
+        h_TD: Tensor,
+        weight_VD: Tensor,
+        labels_T: Tensor,
+        mask_T: Tensor,
+        backward: bool,
+        product_dtype: torch.dtype,
     ) -> Tensor:
         wide = torch.promote_types(h_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=h_TD.device)
         grad_h_TD = torch.empty_like(h_TD) if backward else None
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if backward else None
+        factor_VD = weight_VD.to(product_dtype)
         chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         for start in range(0, h_TD.shape[0], chunk):
             here = slice(start, start + chunk)
-            h_CD, labels_C1 = h_TD[here], labels_T[here].unsqueeze(1)
+            h_CD, labels_C1 = h_TD[here].to(product_dtype), labels_T[here].unsqueeze(1)
             mask_C1 = mask_T[here].unsqueeze(1).to(wide)
-            logits_CV = (h_CD @ weight_VD.t()).to(wide)
+            logits_CV = (h_CD @ factor_VD.t()).to(wide)
             log_sum_exp_C1 = torch.logsumexp(logits_CV, dim=1, keepdim=True)
             total += ((log_sum_exp_C1 - logits_CV.gather(1, labels_C1)) * mask_C1).sum()
             if grad_h_TD is None or grad_weight_VD is None:
                 continue
             grad_CV = logits_CV.sub_(log_sum_exp_C1).exp_()
             grad_CV.scatter_add_(1, labels_C1, -torch.ones_like(mask_C1)).mul_(mask_C1)
-            narrow_CV = grad_CV.to(h_TD.dtype)
-            torch.mm(narrow_CV, weight_VD, out=grad_h_TD[here])
-            if wide == h_TD.dtype:
-                grad_weight_VD.addmm_(narrow_CV.t(), h_CD)
+            grad_CV = grad_CV.to(product_dtype)
+            grad_h_TD[here] = grad_CV @ factor_VD
+            if wide == product_dtype:
+                grad_weight_VD.addmm_(grad_CV.t(), h_CD)
             else:
-                grad_weight_VD += narrow_CV.t() @ h_CD
+                grad_weight_VD += grad_CV.t() @ h_CD
         if backward:
             ctx.save_for_backward(grad_h_TD, grad_weight_VD)
             ctx.weight_dtype = weight_VD.dtype
         return total
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, None, None, None, None]:
         grad_h_TD, grad_weight_VD = ctx.saved_tensors
         return (
             grad_h_TD * grad.to(grad_h_TD.dtype),
             (grad_weight_VD * grad).to(ctx.weight_dtype),
+            None,
             None,
             None,
             None,

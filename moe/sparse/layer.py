@@ -12,6 +12,7 @@ from moe.sparse.capacity import Capacity, accepted
 from moe.sparse.dispatch import AllToAll, Dispatcher, Local
 from moe.sparse.experts import Experts
 from moe.sparse.jitter import Jitter
+from moe.sparse.linear import Linear
 from moe.sparse.plan import ExpertLayout
 from moe.sparse.router import Router, Routing, RoutingRecord
 from moe.sparse.swiglu import SwiGLU
@@ -38,8 +39,8 @@ class SparseMoE(nn.Module):
         self.capacity = capacity
         self.router = Router(hidden_size, config)
         latent, width = config.latent_size, config.latent_size or hidden_size
-        self.to_latent = nn.Linear(hidden_size, latent, bias=False) if latent else None
-        self.from_latent = nn.Linear(latent, hidden_size, bias=False) if latent else None
+        self.to_latent = Linear(hidden_size, latent, bias=False) if latent else None
+        self.from_latent = Linear(latent, hidden_size, bias=False) if latent else None
         self.dispatcher: Dispatcher = dispatcher or (AllToAll(layout) if layout.size > 1 else Local(layout))
         self.experts = Experts(
             width,
@@ -51,7 +52,7 @@ class SparseMoE(nn.Module):
         )
         shared = config.shared_expert_intermediate_size
         self.shared_expert = SwiGLU(hidden_size, shared) if shared else None
-        self.shared_expert_gate = nn.Linear(hidden_size, 1, bias=False) if config.shared_expert_gate else None
+        self.shared_expert_gate = Linear(hidden_size, 1, bias=False) if config.shared_expert_gate else None
 
     def forward(
         self, x_TD: Tensor, token_mask_T: Tensor | None = None, jitter: Jitter | None = None

@@ -6,15 +6,17 @@ T tokens, D width, F inner width.
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.sparse.linear import Linear
+
 
 class SwiGLU(nn.Module):
     """down(silu(gate x) * up x) (arXiv:2002.05202)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.up = nn.Linear(hidden_size, intermediate_size, bias=False)
-        self.down = nn.Linear(intermediate_size, hidden_size, bias=False)
+        self.gate = Linear(hidden_size, intermediate_size, bias=False)
+        self.up = Linear(hidden_size, intermediate_size, bias=False)
+        self.down = Linear(intermediate_size, hidden_size, bias=False)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[..., D] -> [..., D]."""

@@ -217,7 +217,8 @@ def _sharing_sequences() -> list[Layout]:
         Layout(4, 4, 2, 1, **four_heads),
         Layout(4, 2, 1, 2, **four_heads, recompute="block", balance="jitter"),
         Layout(4, 2, 2, 2, sequence_parallel_size=2, model="DeepSeek-V3's choice", balance="all at once"),
-        Layout(4, 1, 1, 1, sequence_parallel_size=2, model="dense"),
+        Layout(4, 2, 3, 2, sequence_parallel_size=2, recompute="block"),
+        Layout(4, 1, 3, 1, sequence_parallel_size=2, model="dense"),
         Layout(4, 4, 1, 1, sequence_parallel_size=2, optimizer="muon"),
         Layout(4, 2, 3, 2, sequence_parallel_size=2, balance="global batch"),
     ]

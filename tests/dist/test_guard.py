@@ -285,6 +285,8 @@ def _ended(rank: int, folder: Path) -> None:
     # What ended one way may go on another: a guard is no part of what is trained.
     state, _ = _go(_guarded_run(folder / "unguarded", max_in_a_row=9), rank, 6, bad)
     assert (state.step, state.guard.skipped, state.guard.in_a_row) == (6, 4, 4)
+    state, _ = _go(_unguarded(folder / "unguarded"), rank, 8, set())
+    assert (state.updates, state.guard.skipped, state.guard.in_a_row) == (4, 4, 0)
 
 
 def _unguarded(folder: Path) -> RunConfig:

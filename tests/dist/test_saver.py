@@ -23,6 +23,7 @@ from moe.errors import CheckpointError
 from moe.metrics import Tracker
 from tests.dist.layouts import ranks_of, start, tiny, train
 from tests.harness import run_ranks
+from tests.unit.test_checkpoint_files import downgrade
 
 MOE = {
     "num_experts": 8,
@@ -123,8 +124,14 @@ def _second_fails(rank: int, folder: Path) -> None:
             assert steps < 500
         with pytest.raises(CheckpointError, match=r"^rank 1 could not write to .*step_2: No space left on device"):
             saver.finish(TrainState(steps, 10 * steps))
+    with pytest.raises(ZeroDivisionError), Saver.open(engine, "data", 1) as saver:
+        saver.save(TrainState(3, 30))
+        raise ZeroDivisionError  # training fails elsewhere, while that is written
     tensors.write = real
+    assert folders.steps(folder) == [1, 3]
+    ranks.barrier()
     if rank == 0:
+        shutil.rmtree(folders.step_folder(folder, 3))
         assert [path.name for path in (folder / "checkpoints").iterdir()] == ["step_1"]
     ranks.barrier()
     engine.wrapped.destroy()
@@ -177,7 +184,16 @@ def _resized(rank: int, folder: Path) -> None:
 
     if rank == 0:
         shutil.copytree(folder / "checkpoints", folder / "saved/checkpoints")
+        shutil.copytree(folder / "checkpoints", folder / "older/checkpoints")
+        downgrade(folder / "older/checkpoints/step_2")
     ranks.barrier()
+    engine = start(_run(folder / "older", 1), alone)
+    assert restore(engine, "data") == TrainState(2, 20)
+    engine.wrapped.destroy()
+    if rank == 0:
+        (sentence,) = said.sentences
+        assert "step 2 was written by version 1 of the format, without hashes of tensors" in sentence
+        said.sentences.clear()
     engine = start(_run(folder / "saved", 1, 2), alone)
     state = restore(engine, "data")
     if rank == 0:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from moe.checkpoint.save import HostCopies
 from moe.config import MoEConfig
 from moe.sparse import ExpertLayout, Jitter, SparseMoE, choice
 from moe.sparse.reference import ReferenceWeights, sparse_layer
@@ -87,3 +88,16 @@ def test_a_recipe_trains_on_cuda_in_bf16(optimizer: str, tmp_path: Path) -> None
         assert ranks.device.type == "cuda"
         found = curve(train(start(run, ranks), 0, 20))
     assert found.cross_entropy[-1] < found.cross_entropy[0] - 0.5
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_copies_of_a_state_stay_what_they_were_in_memory_that_is_used_again(device: str) -> None:
+    copies, live = HostCopies(), torch.arange(1000.0, device=device)
+    first = copies.take([("a", live), ("b", live[:7])])
+    live.mul_(0)  # the next step
+    assert torch.equal(first["a"], torch.arange(1000.0))
+    assert torch.equal(first["b"], torch.arange(7.0))
+    assert first["a"].is_pinned() == (device == "cuda")
+    again = copies.take([("a", live)])
+    assert again["a"].data_ptr() == first["a"].data_ptr()
+    assert torch.equal(again["a"], torch.zeros(1000))

@@ -95,7 +95,7 @@ def test_the_manifest_says_layout_shapes_and_hashes(run: RunConfig) -> None:
 
 def test_version_1_is_read_and_has_no_hashes_of_tensors(run: RunConfig) -> None:
     folder = _save(run, 3)
-    _downgrade(folder)
+    downgrade(folder)
     saved = SavedModel.open(run.folder)
     assert saved.manifest.layout == Layout(1, None, None, None)
     assert str(saved.manifest.layout) == "1 rank x EP ? x ZeRO ?, micro-batch ?"
@@ -103,7 +103,7 @@ def test_version_1_is_read_and_has_no_hashes_of_tensors(run: RunConfig) -> None:
     assert tensors.verify(folder, saved.manifest) == 0
 
 
-def _downgrade(folder: Path) -> None:
+def downgrade(folder: Path) -> None:
     """Write the manifest as version 1 did."""
     path = folder / folders.MANIFEST
     page = json.loads(path.read_text())

@@ -1,6 +1,8 @@
 """`turnout checkpoint` as a user meets it: list, verify, prune, resize; and what a kill in a resize leaves."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -302,3 +304,13 @@ def test_a_resize_that_is_killed_loses_nothing(
     assert turnout("resize", run.folder, "--to", "world=2,ep=2").exit_code == 0
     assert turnout("verify", run.folder).exit_code == 0
     assert _names(folder.parent) == ["step_2", "step_4", "step_6"]
+
+
+def test_none_of_this_loads_deepspeed() -> None:
+    names = ("listing", "read", "resize", "retention", "space", "tensors", "write")
+    modules = ", ".join(["moe.checkpoints", *(f"moe.checkpoint.{name}" for name in names)])
+    program = f"import sys, {modules}; print(*sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert {"deepspeed", "transformers"} & set(done.stdout.split()) == set()

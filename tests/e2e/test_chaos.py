@@ -1,0 +1,29 @@
+"""Killed at random, training always goes on from a whole checkpoint and ends as if nobody had."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.e2e.chaos import chaos
+
+
+@pytest.mark.timeout(400)
+def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    tally = chaos(tmp_path, kills=5, seed=3, say=said.append)
+    assert tally.kills == 5, said
+    assert tally.moments["a torn save"], said
+
+
+@pytest.mark.timeout(400)
+def test_nor_do_they_when_training_waits_for_saves(tmp_path: Path) -> None:
+    assert chaos(tmp_path, kills=2, seed=4, say=lambda _: None, asynchronous=False).kills == 2
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(3000)
+def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
+    said: list[str] = []
+    tally = chaos(tmp_path, kills=50, seed=5, say=said.append)
+    assert tally.kills == 50, said
+    assert tally.moments["a torn save"] >= 10, said

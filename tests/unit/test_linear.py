@@ -1,0 +1,91 @@
+"""Linear maps and the head in float32 products of bf16, beside float64."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moe.model import head
+from moe.model.head import Head
+from moe.sparse import linear
+from moe.sparse.linear import Linear, WideLinear
+
+ROUNDED_ONCE = 2**-8
+"""Largest relative error of a number rounded to bf16."""
+
+
+def _draw(*shape: int) -> Tensor:
+    """Float64 numbers that bf16 holds."""
+    draw = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(*shape, generator=draw).bfloat16().double()
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("shape", [(9, 6), (2, 5, 6), (0, 6)], ids=["flat", "batched", "empty"])
+def test_its_gradient_is_right(shape: tuple[int, ...], bias: bool) -> None:
+    arguments = [_draw(*shape), _draw(4, 6), _draw(4) if bias else None]
+    leaves = [None if value is None else value.requires_grad_() for value in arguments]
+    assert torch.autograd.gradcheck(lambda *inputs: WideLinear.apply(*inputs, torch.float64), leaves)
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_what_needs_no_gradient_gets_none(frozen: int) -> None:
+    leaves = [_draw(9, 6), _draw(4, 6), _draw(4)]
+    for place, leaf in enumerate(leaves):
+        leaf.requires_grad_(place != frozen)
+    WideLinear.apply(*leaves, torch.float64).sum().backward()
+    assert [leaf.grad is None for leaf in leaves] == [place == frozen for place in range(3)]
+
+
+@pytest.mark.parametrize("products", [torch.bfloat16, torch.float32])
+def test_bf16_is_rounded_once_where_products_are_wider(
+    products: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(linear, "product_dtype", lambda like: products)
+    layer = Linear(64, 48).double()
+    x, grad = _draw(200, 64).requires_grad_(), _draw(200, 48)
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.copy_(_draw(*parameter.shape))
+    y_right = F.linear(x, layer.weight, layer.bias)
+    y_right.backward(grad)
+    right = [y_right.detach(), x.grad, layer.weight.grad, layer.bias.grad]
+    layer.zero_grad()
+    narrow, wanted = layer.bfloat16(), x.detach().bfloat16().requires_grad_()
+    y = narrow(wanted)
+    y.backward(grad.bfloat16())
+    wide = y.grad_fn is not None and "WideLinear" in type(y.grad_fn).__name__
+    assert wide == (products == torch.float32)
+    found = [y.detach(), wanted.grad, narrow.weight.grad, narrow.bias.grad]
+    for ours, exact in zip(found, right, strict=True):
+        assert ours is not None
+        assert exact is not None
+        assert ours.dtype == torch.bfloat16
+        error = (ours.double() - exact).abs()
+        # Sums that nearly cancel are float32's to round.
+        assert bool((error <= ROUNDED_ONCE * exact.abs() + 1e-4).all())
+
+
+@pytest.mark.parametrize(("products", "error"), [(torch.bfloat16, 2e-2), (torch.float32, 3e-3)])
+def test_the_head_in_bf16_is_near_float64(
+    products: torch.dtype, error: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "product_dtype", lambda like: products)
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", 7 * 50)  # seven tokens at a time
+    labels = torch.randint(50, (40,), generator=torch.Generator().manual_seed(3))
+    losses, grads = [], []
+    for dtype in (torch.float64, torch.bfloat16):
+        layer = Head(16, 50).to(dtype)
+        torch.nn.init.zeros_(layer.weight).data.copy_(_draw(50, 16))
+        h = _draw(40, 16).to(dtype).requires_grad_()
+        exact = dtype == torch.float64
+        loss = F.cross_entropy(layer(h), labels, reduction="sum") if exact else layer(h, labels)
+        loss.backward()
+        losses.append(float(loss.detach()))
+        grads.append((h.grad, layer.weight.grad))
+    assert losses[1] == pytest.approx(losses[0], rel=error)
+    for right, ours in zip(*grads, strict=True):
+        assert right is not None
+        assert ours is not None
+        assert ours.dtype == torch.bfloat16
+        assert float((ours.double() - right).norm() / right.norm()) < error
