@@ -47,11 +47,13 @@ def export(
     Raises `CheckpointError`: no such run or step; `ExportError`: no stock architecture, no tokenizer, `to` is
     taken, or the logits differ.
     """
+    from moe.checkpoint import certificate
     from moe.checkpoint.read import SavedModel
     from moe.hf import verify as verification
     from moe.hf import write
 
     saved = SavedModel.open(run_dir, step)
+    page = certificate.find(saved.run, saved.folder)
     with write.new_folder(to) as folder:
         written = write.write(
             folder,
@@ -62,6 +64,7 @@ def export(
             run_dir / "tokenizer",
             dtype=dtype,
             max_shard_size=max_shard_size,
+            certified=certificate.sentence(page) if page else "",
         )
         compared = verification.verify(folder, saved.run.model, saved.pieces, dtype) if verify else None
     return ExportResult(

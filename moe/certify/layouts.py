@@ -1,6 +1,7 @@
 """A recipe and a number of ranks -> the layouts to try, those that its rules refuse left out with the reason."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from moe.checkpoint.identity import counts_by_micro_batch
 from moe.config import ParallelConfig, RunConfig, TrainConfig, check_world
 from moe.config.base import Section
+from moe.config.sequence import sequence_sizes
 from moe.config.shape import divisors
 from moe.engine.ds_config import ONLY_UNDER
 from moe.errors import ConfigError
@@ -24,6 +26,8 @@ class Layout:
 
     world: int = 1
     ep: int = 1
+    sp: int = 1
+    """Ranks that share sequences."""
     zero: int = 1
     accumulation: int = 1
     recompute: str = "none"
@@ -33,6 +37,7 @@ class Layout:
 
     def __str__(self) -> str:
         words = [f"{self.world} rank{'' if self.world == 1 else 's'}", f"EP {self.ep}", f"ZeRO {self.zero}"]
+        words[2:2] = [f"SP {self.sp}"] if self.sp > 1 else []
         words += [f"accumulation {self.accumulation}"] if self.accumulation > 1 else []
         words += [f"recompute {self.recompute}"] if self.recompute != "none" else []
         words += [f"offload {self.offload}"] if self.offload != "none" else []
@@ -108,10 +113,15 @@ def _selection(small: RunConfig, recipe: RunConfig, world_size: int) -> list[Lay
     eps = [ep for ep in divisors(world_size) if experts % ep == 0]
     recomputes = [r for r in _literals(TrainConfig, "activation_recomputation") if r != "none"]
     chosen = [
-        Layout(world_size, ep, zero, 1 + turn % 2)
+        Layout(world_size, ep, zero=zero, accumulation=1 + turn % 2)
         for turn, (ep, zero) in enumerate(itertools.product(eps, zero_stages()))
     ]
-    widest = Layout(world_size, eps[-1], 1, 1)
+    widest = Layout(world_size, eps[-1])
+    chosen += [
+        replace(widest, sp=sp, zero=zero_stages()[-1 - turn % 2], accumulation=1 + turn % 2)
+        for turn, sp in enumerate(sequence_sizes(small))
+        if sp > 1 and world_size % sp == 0
+    ]
     chosen += [replace(widest, recompute=r, accumulation=1 + turn % 2) for turn, r in enumerate(recomputes)]
     chosen += [
         replace(widest, zero=zero, offload=o)
@@ -119,16 +129,19 @@ def _selection(small: RunConfig, recipe: RunConfig, world_size: int) -> list[Lay
         for zero in zero_stages()[-2:]
         if o != "none"
     ]
+    mine = recipe.parallel
     own = Layout(
         world_size,
-        recipe.parallel.expert_parallel_size if recipe.parallel.expert_parallel_size in eps else eps[-1],
-        recipe.parallel.zero_stage,
+        mine.expert_parallel_size if mine.expert_parallel_size in eps else eps[-1],
+        math.gcd(mine.sequence_parallel_size, world_size, max(sequence_sizes(small))),
+        mine.zero_stage,
         recompute=recipe.train.activation_recomputation,
+        offload=mine.offload,
     )
     chosen += [replace(own, then="resume"), replace(own, then="resize")]
     if world_size > 1:
         chosen += [replace(widest, zero=zero_stages()[-1], then="resize")]
-        chosen += [Layout(1, 1, 1, 2, recompute=r) for r in recomputes[-1:]]
+        chosen += [Layout(accumulation=2, recompute=r) for r in recomputes[-1:]]
     return chosen
 
 
@@ -138,8 +151,8 @@ def zero_stages() -> list[int]:
 
 
 def offloads() -> list[str]:
-    """What a recipe may keep in the host's memory; "none" where it may not."""
-    return _literals(ParallelConfig, "offload") if "offload" in ParallelConfig.model_fields else ["none"]
+    """What a recipe may keep in the host's memory."""
+    return _literals(ParallelConfig, "offload")
 
 
 def _literals(section: type[Section], key: str) -> list[Any]:
@@ -149,7 +162,9 @@ def _literals(section: type[Section], key: str) -> list[Any]:
 def spread(small: RunConfig, layout: Layout, folder: Path | None = None) -> RunConfig:
     """The small recipe in a layout; raises `ConfigError` if that cannot be."""
     page = small.model_dump()
-    per_pass = layout.world * layout.accumulation
+    if layout.world % layout.sp:
+        raise ConfigError(f"{layout.world} ranks cannot share sequences {layout.sp} by {layout.sp}.")
+    per_pass = layout.world // layout.sp * layout.accumulation
     if small.train.global_batch_size % per_pass:
         raise ConfigError(
             f"{layout.world} ranks x {layout.accumulation} micro-batches do not divide the batch of "
@@ -159,9 +174,9 @@ def spread(small: RunConfig, layout: Layout, folder: Path | None = None) -> RunC
     page["train"]["micro_batch_size"] = small.train.global_batch_size // per_pass
     page["train"]["activation_recomputation"] = layout.recompute
     page["parallel"]["expert_parallel_size"] = layout.ep
+    page["parallel"]["sequence_parallel_size"] = layout.sp
     page["parallel"]["zero_stage"] = layout.zero
-    if layout.offload != "none":
-        page["parallel"]["offload"] = layout.offload
+    page["parallel"]["offload"] = layout.offload
     page["deepspeed"] = _deepspeed(small, layout.zero)
     try:
         return RunConfig.model_validate(page)
@@ -183,5 +198,5 @@ def _deepspeed(small: RunConfig, zero: int) -> dict[str, Any]:
 
 def reference(small: RunConfig, layout: Layout) -> Layout:
     """One process, nothing spread or saved; with the same micro-batches where they are part of the training."""
-    same = layout.world * layout.accumulation if counts_by_micro_batch(small) else 1
+    same = layout.world // layout.sp * layout.accumulation if counts_by_micro_batch(small) else 1
     return Layout(accumulation=same)

@@ -10,13 +10,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.certify.layouts import Layout
 from moe.certify.seen import Job, Seen, State, Step
 from moe.checkpoint import state as states
 from moe.checkpoint.resume import restore
 from moe.checkpoint.save import TrainState, save
 from moe.config import RunConfig
 from moe.data.loader import Batch
-from moe.dist import Ranks
+from moe.dist import Ranks, consecutive
 from moe.engine.build import build
 from moe.engine.engine import Engine, StepResult
 from moe.engine.groups import is_expert
@@ -49,20 +50,17 @@ def start(run: RunConfig, ranks: Ranks) -> Engine:
     return Engine.start(run, build(run, ranks), ranks)
 
 
-def ranks_of(rank: int, world_size: int, expert_parallel_size: int, device: torch.device) -> Ranks:
+def ranks_of(rank: int, layout: Layout, device: torch.device) -> Ranks:
     """Ranks within a group that stands already. Collective."""
-    mine = None
-    for first in range(0, world_size, expert_parallel_size):
-        members = list(range(first, first + expert_parallel_size))
-        group = dist.new_group(members)
-        mine = group if rank in members else mine
     return Ranks(
         rank=rank,
-        world_size=world_size,
+        world_size=layout.world,
         local_rank=rank,
         device=device,
-        expert_parallel_size=expert_parallel_size,
-        expert_group=mine,
+        expert_parallel_size=layout.ep,
+        expert_group=consecutive(layout.ep),
+        sequence_parallel_size=layout.sp,
+        sequence_group=consecutive(layout.sp),
         control_group=dist.new_group(backend="gloo"),
     )
 
@@ -70,12 +68,13 @@ def ranks_of(rank: int, world_size: int, expert_parallel_size: int, device: torc
 def batches(run: RunConfig, ranks: Ranks, step: int, padding: int = 0) -> list[Batch]:
     """This rank's micro-batches of a sequence that can be learned, x' = 3 x + 1 mod vocabulary, with noise."""
     ids_BS, labels_BS, mask_BS = _whole(run, step, padding)
-    mine = len(ids_BS) // ranks.world_size
+    mine = len(ids_BS) // ranks.data_world_size
     size = run.train.micro_batch_size
-    return [
+    whole = [
         Batch(ids_BS[a : a + size], labels_BS[a : a + size], mask_BS[a : a + size])
-        for a in range(ranks.rank * mine, (ranks.rank + 1) * mine, size)
+        for a in range(ranks.data_rank * mine, (ranks.data_rank + 1) * mine, size)
     ]
+    return [batch.part(ranks.positions(run.data.sequence_length)) for batch in whole]
 
 
 def _whole(run: RunConfig, step: int, padding: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -149,6 +148,7 @@ def _mark(tensor: Tensor) -> str:
 
 def _state(engine: Engine) -> State:
     """The whole state, each tensor once, in the same order everywhere. Collective."""
-    parts = engine.ranks.gather(dict(states.collect(engine)))
+    mine = {key: tensor.to("cpu", copy=True) for key, tensor in states.collect(engine)}
+    parts = engine.ranks.gather(mine)
     whole = {key: tensor for part in parts for key, tensor in part.items()}
     return {key: whole[key] for key in sorted(whole)}

@@ -18,10 +18,9 @@ from rich.text import Text
 from moe.certify.layouts import Layout
 from moe.certify.parts import Deviation
 from moe.certify.prove import Proof, Trial
-from moe.checkpoint.certificate import recipe_hash
+from moe.checkpoint.certificate import FORMAT, VERSION, recipe_hash
 from moe.errors import ConfigError
 
-FORMAT, VERSION = "turnout-certificate", 1
 SHOWN = 4
 """Findings of a layout on the screen; those after the first mostly follow from it."""
 COLUMNS: dict[str, tuple[str, ...]] = {

@@ -174,7 +174,7 @@ def _rank(
         for job in jobs:
             if plant is not None:
                 plant(job)
-            seen = observe(job, ranks_of(rank, world_size, job.layout.ep, chosen))
+            seen = observe(job, ranks_of(rank, job.layout, chosen))
             if rank == 0:
                 write(seen, folder / f"{job.name}.pt")
         dist.barrier()

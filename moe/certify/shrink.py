@@ -102,6 +102,8 @@ def _train(run: RunConfig, world_size: int) -> dict[str, Any]:
     page["steps"] = STEPS
     page["evaluate_every"] = None
     page["activation_recomputation"] = "none"
+    # A skip is one rank's decision for all; a step that is a spike is skipped after more steps than these.
+    page["guard"] = {"non_finite": run.train.guard.non_finite}
     page["schedule"]["warmup_steps"] = min(run.train.schedule.warmup_steps, 2)
     if run.train.schedule.decay_steps is not None:
         page["schedule"]["decay_steps"] = min(run.train.schedule.decay_steps, 2)

@@ -11,6 +11,7 @@ from moe.checkpoint.folder import File
 from moe.config import RunConfig
 
 CERTIFICATE = "certificate.json"
+FORMAT, VERSION = "turnout-certificate", 1
 _FREE = {
     "name": True,
     "run_dir": True,
@@ -30,13 +31,26 @@ def recipe_hash(run: RunConfig) -> str:
 
 
 def find(run: RunConfig, folder: Path) -> dict[str, Any] | None:
-    """The certificate in `folder`, a run's or a checkpoint's; None: there is none, or it is another recipe's."""
+    """The certificate in `folder`, a run's or a checkpoint's.
+
+    None: there is none, or it is of another recipe or format.
+    """
     try:
         page = json.loads((folder / CERTIFICATE).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    fits = isinstance(page, dict) and page.get("recipe_sha256") == recipe_hash(run)
-    return page if fits else None
+    expected = {"format": FORMAT, "version": VERSION, "recipe_sha256": recipe_hash(run)}
+    return page if isinstance(page, dict) and page.items() >= expected.items() else None
+
+
+def sentence(page: dict[str, Any]) -> str:
+    """What a certificate says, in one line."""
+    trials = [trial["verdict"] for trial in page["trials"]]
+    versions = ", ".join(f"{package} {number}" for package, number in page["versions"].items())
+    return (
+        f"{trials.count('pass')} of {len(trials)} trainings of a small copy, in as many layouts, did what one process "
+        f"did ({page['device']}; {versions})"
+    )
 
 
 def add(run: RunConfig, folder: Path) -> dict[str, File]:

@@ -86,8 +86,11 @@ def generation_page(tokens: SpecialTokens) -> dict[str, Any]:
     return {**asdict(tokens), "pad_token_id": padding, "transformers_version": version("transformers")}
 
 
-def card(family: Family, run: RunConfig, step: int, dtype: Dtype) -> str:
-    """README.md: what the model is, what it was trained on and how, and how to load it."""
+def card(family: Family, run: RunConfig, step: int, dtype: Dtype, certified: str = "") -> str:
+    """README.md: what the model is, what it was trained on and how, and how to load it.
+
+    `certified`: what the run's certificate says; empty without one.
+    """
     from moe.model.count import count
 
     counted = count(run.model, run.data.sequence_length)
@@ -103,6 +106,8 @@ def card(family: Family, run: RunConfig, step: int, dtype: Dtype) -> str:
         rows["experts"] = (
             f"{moe.num_experts} in each of {len(run.model.sparse_layers)} layers, {moe.top_k} a token"
         )
+    if certified:
+        rows["certificate"] = certified
     # The data folder's place on somebody's disk is nobody else's business.
     public = run.model_copy(
         update={"run_dir": None, "data": run.data.model_copy(update={"path": Path(run.data.path).name})}

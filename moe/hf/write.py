@@ -72,6 +72,7 @@ def write(
     *,
     dtype: Dtype = "fp32",
     max_shard_size: int = 5 * 10**9,
+    certified: str = "",
 ) -> Written:
     """Write weights, settings, tokenizer and card into the existing `folder`.
 
@@ -89,7 +90,7 @@ def write(
     page = config_page(family, run.model, tokens, dtype=dtype, load_balancing_weight=weight)
     _write_json(folder / "config.json", page)
     _write_json(folder / "generation_config.json", generation_page(tokens))
-    (folder / "README.md").write_text(card(family, run, step, dtype), encoding="utf-8")
+    (folder / "README.md").write_text(card(family, run, step, dtype, certified), encoding="utf-8")
     parameters = sum(move.numel for move in plan)
     return Written(
         family=family,

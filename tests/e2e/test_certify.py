@@ -51,6 +51,7 @@ def test_the_demo_is_certified(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["certificate.json"]
     run = load(RunConfig, DEMO, [f"run_dir={tmp_path / 'run'}", "parallel.zero_stage=2"])
     assert certificate.find(run, run.folder) == page
+    assert certificate.sentence(page).startswith("2 of 2 trainings of a small copy, in as many layouts")
     other = load(RunConfig, DEMO, [f"run_dir={tmp_path / 'run'}", "model.moe.top_k=3"])
     assert certificate.find(other, run.folder) is None
 
@@ -92,7 +93,7 @@ def test_a_certificate_that_fits_the_recipe_goes_into_checkpoints(tmp_path: Path
     for name, found in names.items():
         (tmp_path / name).mkdir()
         if found:
-            page: dict[str, Any] = {"recipe_sha256": found, "verdict": "pass"}
+            page = {"format": "turnout-certificate", "version": 1, "recipe_sha256": found}
             (tmp_path / name / "certificate.json").write_text(json.dumps(page))
     run_ranks(_save_all, 1, tmp_path, [tmp_path / name for name in names])
     listed = {}

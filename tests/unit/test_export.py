@@ -210,6 +210,9 @@ def test_the_folder_says_what_it_is(tmp_path: Path, tokenizer: Path) -> None:
     assert "12 steps, 3,072 tokens" in card
     assert "Qwen3MoeForCausalLM" in card
     assert "/secret/place" not in card
+    assert "certificate" not in card
+    export(saved(config), tmp_path / "certified", tokenizer, certified="5 of 5 trainings")
+    assert "| certificate | 5 of 5 trainings |" in (tmp_path / "certified/README.md").read_text()
 
 
 def test_all_files_are_readable_by_those_the_umask_allows(tmp_path: Path, tokenizer: Path) -> None:
