@@ -31,6 +31,7 @@ from tests.harness import run_ranks
 
 PAIRS = [(0, "fp32", "adamw"), (0, "fp32", "muon")]
 PAIRS += [(zero, p, o) for zero in (1, 2) for p in ("fp32", "bf16") for o in ("adamw", "muon")]
+PAIRS += [(3, "fp32", "adamw"), (3, "bf16", "adamw")]
 LAYOUTS = {1: [(0, "fp32", "muon"), (1, "bf16", "adamw")], 2: PAIRS}
 WATCHED = {"non_finite": "skip", "sigma_factor": 50.0, "rolling_interval_length": 4}
 ROLLS_BACK = {"non_finite": "skip", "max_in_a_row": 2, "then": "roll_back"}
