@@ -36,7 +36,7 @@ class GuardConfig(Section):
         return max(2, self.rolling_interval_length // 2)
 
 
-def guard_faults(guard: GuardConfig, *, steps: int, checkpoint_every: int | None) -> list[str]:
+def guard_faults(guard: GuardConfig, *, steps: int, checkpoint_every: int | None, offload: str) -> list[str]:
     """What has no effect or cannot be, a sentence each; `steps`: of the run."""
     faults, default = [], GuardConfig()
     for key in ("max_in_a_row", "then"):
@@ -65,5 +65,11 @@ def guard_faults(guard: GuardConfig, *, steps: int, checkpoint_every: int | None
         faults.append(
             "train.guard.then is roll_back, but checkpoint.every_steps is null: there would be no checkpoint to go "
             "back to. Set checkpoint.every_steps, or train.guard.then=stop."
+        )
+    if guard.skips and offload != "none":
+        # Seen with 0.19.8 under ZeRO 2: the step after a skipped one is not finite either.
+        faults.append(
+            f"train.guard lets steps be skipped, but parallel.offload is {offload}: DeepSpeed keeps a bad gradient "
+            f"in host memory, and it spoils the next steps too. Use parallel.offload=none, or remove train.guard."
         )
     return faults

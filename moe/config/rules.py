@@ -19,7 +19,10 @@ def check(run: RunConfig) -> None:
             *_optimizer(run),
             *_schedule(run),
             *guard_faults(
-                run.train.guard, steps=run.train.steps, checkpoint_every=run.checkpoint.every_steps
+                run.train.guard,
+                steps=run.train.steps,
+                checkpoint_every=run.checkpoint.every_steps,
+                offload=run.parallel.offload,
             ),
             *_batch(run),
             *_recomputation(run),

@@ -295,6 +295,10 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["train.guard.non_finite=skip", "train.guard.then=roll_back"],
         ["then is roll_back", "checkpoint.every_steps is null", "Set checkpoint.every_steps"],
     ),
+    "skipped where gradients stay": (
+        ["train.guard.non_finite=skip", "parallel.offload=optimizer"],
+        ["lets steps be skipped", "parallel.offload is optimizer", "Use parallel.offload=none"],
+    ),
     "an interval of one": (
         ["train.guard.sigma_factor=6", "train.guard.rolling_interval_length=1"],
         ["rolling_interval_length is 1", "greater than or equal to 2"],
