@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
@@ -33,6 +33,7 @@ def _after(config: GuardConfig, losses: list[float], norms: list[float]) -> Guar
     return guard
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(values, min_size=4, max_size=20), values)
 def test_a_spike_is_beyond_the_mean_and_deviation_of_the_latest_steps(
     before: list[float], value: float
@@ -73,6 +74,7 @@ def test_without_a_sigma_factor_only_what_is_not_finite_counts() -> None:
     assert guard.fault(config, math.inf, 1.0) != ""
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.tuples(values, st.booleans()), max_size=40))
 def test_skipped_steps_are_counted_and_leave_the_means_alone(steps: list[tuple[float, bool]]) -> None:
     guard, good, skipped, in_a_row = Guard(), [], 0, 0
@@ -86,6 +88,7 @@ def test_skipped_steps_are_counted_and_leave_the_means_alone(steps: list[tuple[f
     assert list(guard.losses) == good
 
 
+@settings(deadline=None)  # a busy machine is no fault
 @given(st.lists(st.tuples(values, values), max_size=9), st.integers(0, 2**40), st.integers(0, 9))
 def test_a_checkpoint_holds_a_guard_to_the_bit(
     tmp_path_factory: pytest.TempPathFactory, seen: list[tuple[float, float]], skipped: int, others: int
