@@ -108,6 +108,8 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
         while state.step < run.train.steps and not ranks.any(stop.received or saver.poll()):
             observe = meter.due(state.step + 1)
             result = engine.step(_next(batches), state.step, observe=observe, guard=state.guard)
+            if result.fault:
+                saver.settle()  # if the run is rolled back, then to the newest checkpoint at every try
             state = advance(engine, state, result, meter)
             _evaluate(run, data, engine, tracker, state, meter)
             if run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0:

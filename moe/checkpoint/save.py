@@ -103,11 +103,11 @@ class Saver:
                 if job.error is not None:
                     log.get().warning("the save of step %d failed too: %s", job.step, job.error)
             raise
-        saver._wait()
+        saver.settle()
 
     def save(self, state: TrainState) -> None:
         """Save `state`, which the engine is in. Collective."""
-        self._wait()
+        self.settle()
         began = time.perf_counter()
         engine = self._engine
         target = folders.step_folder(engine.run.folder, state.step)
@@ -119,23 +119,24 @@ class Saver:
         job.thread.start()
         job.held = time.perf_counter() - began
         if not engine.run.checkpoint.asynchronous:
-            self._wait()
+            self.settle()
 
     def poll(self) -> bool:
         """Report a save that has ended meanwhile; whether it failed: then all ranks must `finish`."""
         job = self._job
         if job is not None and job.manifest is not None:
-            self._wait()
+            self.settle()
         return job is not None and job.error is not None
 
     def finish(self, state: TrainState) -> None:
         """Wait for the save in flight, and save `state` if it is not yet. Collective."""
-        self._wait()
+        self.settle()
         if state.step not in (0, self._newest):
             self.save(state)
-            self._wait()
+            self.settle()
 
-    def _wait(self) -> None:
+    def settle(self) -> None:
+        """Wait for the save in flight, on all ranks."""
         job, self._job = self._job, None
         if job is None:
             return

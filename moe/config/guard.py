@@ -69,7 +69,7 @@ def guard_faults(guard: GuardConfig, *, steps: int, checkpoint_every: int | None
     if guard.skips and offload != "none":
         # Seen with 0.19.8 under ZeRO 2: the step after a skipped one is not finite either.
         faults.append(
-            f"train.guard lets steps be skipped, but parallel.offload is {offload}: DeepSpeed keeps a bad gradient "
-            f"in host memory, and it spoils the next steps too. Use parallel.offload=none, or remove train.guard."
+            f"train.guard lets steps be skipped, but parallel.offload is {offload}: there DeepSpeed 0.19.8 was seen to "
+            f"let a bad gradient spoil the next step too. Use parallel.offload=none, or remove train.guard."
         )
     return faults
