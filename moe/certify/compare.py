@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe.certify.laws import laws
-from moe.certify.parts import Deviation, family, gradients, moved, part, update_size
+from moe.certify.parts import Deviation, family, gradients, part, update_size
 from moe.certify.seen import Seen, State, Step
 from moe.config import RunConfig
 from moe.config.model import Precision
@@ -29,11 +29,18 @@ class Bounds:
     counts: float
     """Share of choices that differ: two scores may be equal but for rounding."""
 
+    def after(self, moved: float) -> "Bounds":
+        """Once a share `moved` of choices went elsewhere: what was learned from those tokens differs as a whole."""
+        root = math.sqrt(moved)
+        return Bounds(self.loss + moved, self.gradient + root, self.step + root, self.counts)
+
 
 BOUNDS: dict[Precision, Bounds] = {
     "fp32": Bounds(loss=1e-5, gradient=2e-4, step=2e-2, counts=0.0),
     "bf16": Bounds(loss=1e-2, gradient=1e-1, step=3e-1, counts=0.05),
 }
+LEAST_CHOICES = 100
+"""Of fewer than these, one that differs is a large share of all and says little."""
 
 
 Pieces = Mapping[str, Mapping[str, Tensor]]
@@ -52,7 +59,10 @@ def compare(seen: Seen, reference: Seen, run: RunConfig, pieces: Pieces | None =
         beside = reference.steps[number - reference.first]
         before, before_beside = state_before(seen, number), state_before(reference, number)
         found += laws(step, before, run, number)
-        found += _counts(step, beside, bounds, number)
+        elsewhere = _counts(step, beside, bounds, number)
+        found += elsewhere
+        if bounds.counts:
+            bounds = bounds.after(max((deviation.deviation for deviation in elsewhere), default=0.0))
         found += _losses(step, beside, run, bounds, number)
         known = pieces if number == 0 and pieces else {}
         found += _gradients(_Two(step, before), _Two(beside, before_beside), run, bounds, number, known)
@@ -120,18 +130,14 @@ def _worst(check: str, step: int, bound: float, by_tensor: Mapping[str, float], 
     return Deviation(check, largest, bound, step, first, said)
 
 
-def _counts(step: Step, beside: Step, bounds: Bounds, number: int) -> Iterator[Deviation]:
+def _counts(step: Step, beside: Step, bounds: Bounds, number: int) -> list[Deviation]:
     if step.tokens_per_expert is None or beside.tokens_per_expert is None:
-        return
+        return []
     moved_L = (step.tokens_per_expert - beside.tokens_per_expert).abs().sum(1).double()
-    shares = (moved_L / beside.tokens_per_expert.sum(1).clamp(min=1)).tolist()
-    yield _worst(
-        "tokens per expert",
-        number,
-        bounds.counts,
-        {f"sparse layer {layer}": share for layer, share in enumerate(shares)},
-        "share of choices that differ from one process",
-    )
+    shares = (moved_L / beside.tokens_per_expert.sum(1).clamp(min=LEAST_CHOICES)).tolist()
+    by_layer = {f"sparse layer {layer}": share for layer, share in enumerate(shares)}
+    said = "share of choices that differ from one process"
+    return [_worst("tokens per expert", number, bounds.counts, by_layer, said)]
 
 
 def _losses(step: Step, beside: Step, run: RunConfig, bounds: Bounds, number: int) -> Iterator[Deviation]:
@@ -257,11 +263,24 @@ def _median(values: list[float]) -> float:
 
 
 def _moves(state: State, beside: State, before: State, bounds: Bounds, number: int) -> Iterator[Deviation]:
-    """Weights and moments after the step, beside how far the step of one process moved them."""
-    by_key = {}
-    for key, there in beside.items():
-        if part(key) in ("weight", "exp_avg_sq") and key in state and not key.endswith("selection_bias_E"):
-            size = update_size(there, before[key])
-            far = float((moved(state[key], there)).norm())
-            by_key[key] = _ratio(max(0.0, far - 2e-7 * float(there.double().norm())), size)
-    yield _worst("optimizer step", number, bounds.step, by_key, "beside how far one process moved")
+    """Weights and moments after the step, by family, beside how far the step of one process moved them."""
+    families: dict[tuple[str, str], list[str]] = {}
+    for key in beside:
+        if part(key) in ("weight", "exp_avg_sq") and not key.endswith("selection_bias_E"):
+            families.setdefault((part(key), family(key)), []).append(key)
+    worst = Deviation("optimizer step", 0.0, bounds.step, number)
+    for (kind, name), keys in families.items():
+        size = math.hypot(*(update_size(beside[key], before[key]) for key in keys))
+        # What float32 rounds of a weight is much beside a small step.
+        by_key = {
+            key: max(0.0, update_size(state[key], beside[key]) - 2e-7 * float(beside[key].double().norm()))
+            if key in state
+            else math.inf
+            for key in keys
+        }
+        far = _ratio(math.hypot(*by_key.values()), size)
+        if not far <= worst.deviation:
+            first = next((key for key in keys if not by_key[key] <= 0.1 * max(by_key.values())), keys[0])
+            said = f"{kind} of {name}, beside how far one process moved them"
+            worst = Deviation("optimizer step", far, bounds.step, number, first, said)
+    yield worst
