@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe.certify.laws import laws
-from moe.certify.parts import Deviation, family, gradients, part, update_size
+from moe.certify.parts import Deviation, family, gradients, update_size
 from moe.certify.seen import Seen, State, Step
 from moe.config import RunConfig
 from moe.config.model import Precision
@@ -28,16 +28,18 @@ class Bounds:
     """Of how far weights have moved: elements whose gradient is rounding alone move as far as others."""
     counts: float
     """Share of choices that differ: two scores may be equal but for rounding."""
+    muon: bool
+    """Whether Muon's weights can be compared: it makes directions that are rounding alone as long as all others."""
 
     def after(self, moved: float) -> "Bounds":
         """Once a share `moved` of choices went elsewhere: what was learned from those tokens differs as a whole."""
         root = math.sqrt(moved)
-        return Bounds(self.loss + moved, self.gradient + root, self.step + root, self.counts)
+        return Bounds(self.loss + moved, self.gradient + root, self.step + root, self.counts, self.muon)
 
 
 BOUNDS: dict[Precision, Bounds] = {
-    "fp32": Bounds(loss=1e-5, gradient=2e-4, step=2e-2, counts=0.0),
-    "bf16": Bounds(loss=1e-2, gradient=1e-1, step=3e-1, counts=0.05),
+    "fp32": Bounds(loss=1e-5, gradient=2e-4, step=2e-2, counts=0.0, muon=True),
+    "bf16": Bounds(loss=1e-2, gradient=1e-1, step=3e-1, counts=0.05, muon=False),
 }
 LEAST_CHOICES = 100
 """Of fewer than these, one that differs is a large share of all and says little."""
@@ -266,8 +268,10 @@ def _moves(state: State, beside: State, before: State, bounds: Bounds, number: i
     """Weights and moments after the step, by family, beside how far the step of one process moved them."""
     families: dict[tuple[str, str], list[str]] = {}
     for key in beside:
-        if part(key) in ("weight", "exp_avg_sq") and not key.endswith("selection_bias_E"):
-            families.setdefault((part(key), family(key)), []).append(key)
+        kind, _, name = key.partition("/")
+        stepped = f"exp_avg/{name}" in beside or (bounds.muon and f"momentum/{name}" in beside)
+        if kind in ("weight", "exp_avg_sq") and stepped:
+            families.setdefault((kind, family(key)), []).append(key)
     worst = Deviation("optimizer step", 0.0, bounds.step, number)
     for (kind, name), keys in families.items():
         size = math.hypot(*(update_size(beside[key], before[key]) for key in keys))
