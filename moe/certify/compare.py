@@ -25,9 +25,9 @@ class Bounds:
     gradient: float
     """Of a family of weights; also of the norm and the clip."""
     step: float
-    """Of how far weights have moved: elements whose gradient is rounding alone move as far as others."""
+    """Of how far weights have moved: those whose gradient is rounding alone move as far as others."""
     counts: float
-    """Share of choices that differ: two scores may be equal but for rounding."""
+    """Share of choices that differ, a step: two scores may be equal but for rounding."""
     muon: bool
     """Whether Muon's weights can be compared: it makes directions that are rounding alone as long as all others."""
 
@@ -61,14 +61,14 @@ def compare(seen: Seen, reference: Seen, run: RunConfig, pieces: Pieces | None =
         beside = reference.steps[number - reference.first]
         before, before_beside = state_before(seen, number), state_before(reference, number)
         found += laws(step, before, run, number)
-        elsewhere = _counts(step, beside, bounds, number)
+        elsewhere = _counts(step, beside, bounds.counts * (1 + number), number)
         found += elsewhere
         if bounds.counts:
             bounds = bounds.after(max((deviation.deviation for deviation in elsewhere), default=0.0))
         found += _losses(step, beside, run, bounds, number)
         known = pieces if number == 0 and pieces else {}
         found += _gradients(_Two(step, before), _Two(beside, before_beside), run, bounds, number, known)
-        found += _moves(step.state, beside.state, before_beside, bounds, number)
+        found += _moves(step.state, beside.state, reference.before, bounds, number)
     return found
 
 
@@ -132,14 +132,14 @@ def _worst(check: str, step: int, bound: float, by_tensor: Mapping[str, float], 
     return Deviation(check, largest, bound, step, first, said)
 
 
-def _counts(step: Step, beside: Step, bounds: Bounds, number: int) -> list[Deviation]:
+def _counts(step: Step, beside: Step, bound: float, number: int) -> list[Deviation]:
     if step.tokens_per_expert is None or beside.tokens_per_expert is None:
         return []
     moved_L = (step.tokens_per_expert - beside.tokens_per_expert).abs().sum(1).double()
     shares = (moved_L / beside.tokens_per_expert.sum(1).clamp(min=LEAST_CHOICES)).tolist()
     by_layer = {f"sparse layer {layer}": share for layer, share in enumerate(shares)}
     said = "share of choices that differ from one process"
-    return [_worst("tokens per expert", number, bounds.counts, by_layer, said)]
+    return [_worst("tokens per expert", number, bound, by_layer, said)]
 
 
 def _losses(step: Step, beside: Step, run: RunConfig, bounds: Bounds, number: int) -> Iterator[Deviation]:
@@ -265,7 +265,7 @@ def _median(values: list[float]) -> float:
 
 
 def _moves(state: State, beside: State, before: State, bounds: Bounds, number: int) -> Iterator[Deviation]:
-    """Weights and moments after the step, by family, beside how far the step of one process moved them."""
+    """Weights and moments after the step, by family, beside how far one process has moved them since `before`."""
     families: dict[tuple[str, str], list[str]] = {}
     for key in beside:
         kind, _, name = key.partition("/")
@@ -285,6 +285,6 @@ def _moves(state: State, beside: State, before: State, bounds: Bounds, number: i
         far = _ratio(math.hypot(*by_key.values()), size)
         if not far <= worst.deviation:
             first = next((key for key in keys if not by_key[key] <= 0.1 * max(by_key.values())), keys[0])
-            said = f"{kind} of {name}, beside how far one process moved them"
+            said = f"{kind} of {name}, beside how far one process has moved them"
             worst = Deviation("optimizer step", far, bounds.step, number, first, said)
     yield worst
