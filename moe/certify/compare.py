@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moe.certify.laws import laws
-from moe.certify.parts import Deviation, family, gradients, moved, part, update_size
+from moe.certify.parts import Deviation, family, gradients, update_size
 from moe.certify.seen import Seen, State, Step
 from moe.config import RunConfig
 from moe.config.model import Precision
@@ -25,15 +25,24 @@ class Bounds:
     gradient: float
     """Of a family of weights; also of the norm and the clip."""
     step: float
-    """Of how far weights have moved: elements whose gradient is rounding alone move as far as others."""
+    """Of how far weights have moved: those whose gradient is rounding alone move as far as others."""
     counts: float
-    """Share of choices that differ: two scores may be equal but for rounding."""
+    """Share of choices that differ, a step: two scores may be equal but for rounding."""
+    muon: bool
+    """Whether Muon's weights can be compared: it makes directions that are rounding alone as long as all others."""
+
+    def after(self, moved: float) -> "Bounds":
+        """Once a share `moved` of choices went elsewhere: what was learned from those tokens differs as a whole."""
+        root = math.sqrt(moved)
+        return Bounds(self.loss + moved, self.gradient + root, self.step + root, self.counts, self.muon)
 
 
 BOUNDS: dict[Precision, Bounds] = {
-    "fp32": Bounds(loss=1e-5, gradient=2e-4, step=2e-2, counts=0.0),
-    "bf16": Bounds(loss=1e-2, gradient=1e-1, step=3e-1, counts=0.05),
+    "fp32": Bounds(loss=1e-5, gradient=2e-4, step=2e-2, counts=0.0, muon=True),
+    "bf16": Bounds(loss=1e-2, gradient=1e-1, step=3e-1, counts=0.05, muon=False),
 }
+LEAST_CHOICES = 100
+"""Of fewer than these, one that differs is a large share of all and says little."""
 
 
 Pieces = Mapping[str, Mapping[str, Tensor]]
@@ -52,11 +61,14 @@ def compare(seen: Seen, reference: Seen, run: RunConfig, pieces: Pieces | None =
         beside = reference.steps[number - reference.first]
         before, before_beside = state_before(seen, number), state_before(reference, number)
         found += laws(step, before, run, number)
-        found += _counts(step, beside, bounds, number)
+        elsewhere = _counts(step, beside, bounds.counts * (1 + number), number)
+        found += elsewhere
+        if bounds.counts:
+            bounds = bounds.after(max((deviation.deviation for deviation in elsewhere), default=0.0))
         found += _losses(step, beside, run, bounds, number)
         known = pieces if number == 0 and pieces else {}
         found += _gradients(_Two(step, before), _Two(beside, before_beside), run, bounds, number, known)
-        found += _moves(step.state, beside.state, before_beside, bounds, number)
+        found += _moves(step.state, beside.state, reference.before, bounds, number)
     return found
 
 
@@ -120,18 +132,14 @@ def _worst(check: str, step: int, bound: float, by_tensor: Mapping[str, float], 
     return Deviation(check, largest, bound, step, first, said)
 
 
-def _counts(step: Step, beside: Step, bounds: Bounds, number: int) -> Iterator[Deviation]:
+def _counts(step: Step, beside: Step, bound: float, number: int) -> list[Deviation]:
     if step.tokens_per_expert is None or beside.tokens_per_expert is None:
-        return
+        return []
     moved_L = (step.tokens_per_expert - beside.tokens_per_expert).abs().sum(1).double()
-    shares = (moved_L / beside.tokens_per_expert.sum(1).clamp(min=1)).tolist()
-    yield _worst(
-        "tokens per expert",
-        number,
-        bounds.counts,
-        {f"sparse layer {layer}": share for layer, share in enumerate(shares)},
-        "share of choices that differ from one process",
-    )
+    shares = (moved_L / beside.tokens_per_expert.sum(1).clamp(min=LEAST_CHOICES)).tolist()
+    by_layer = {f"sparse layer {layer}": share for layer, share in enumerate(shares)}
+    said = "share of choices that differ from one process"
+    return [_worst("tokens per expert", number, bound, by_layer, said)]
 
 
 def _losses(step: Step, beside: Step, run: RunConfig, bounds: Bounds, number: int) -> Iterator[Deviation]:
@@ -257,11 +265,26 @@ def _median(values: list[float]) -> float:
 
 
 def _moves(state: State, beside: State, before: State, bounds: Bounds, number: int) -> Iterator[Deviation]:
-    """Weights and moments after the step, beside how far the step of one process moved them."""
-    by_key = {}
-    for key, there in beside.items():
-        if part(key) in ("weight", "exp_avg_sq") and key in state and not key.endswith("selection_bias_E"):
-            size = update_size(there, before[key])
-            far = float((moved(state[key], there)).norm())
-            by_key[key] = _ratio(max(0.0, far - 2e-7 * float(there.double().norm())), size)
-    yield _worst("optimizer step", number, bounds.step, by_key, "beside how far one process moved")
+    """Weights and moments after the step, by family, beside how far one process has moved them since `before`."""
+    families: dict[tuple[str, str], list[str]] = {}
+    for key in beside:
+        kind, _, name = key.partition("/")
+        stepped = f"exp_avg/{name}" in beside or (bounds.muon and f"momentum/{name}" in beside)
+        if kind in ("weight", "exp_avg_sq") and stepped:
+            families.setdefault((kind, family(key)), []).append(key)
+    worst = Deviation("optimizer step", 0.0, bounds.step, number)
+    for (kind, name), keys in families.items():
+        size = math.hypot(*(update_size(beside[key], before[key]) for key in keys))
+        # What float32 rounds of a weight is much beside a small step.
+        by_key = {
+            key: max(0.0, update_size(state[key], beside[key]) - 2e-7 * float(beside[key].double().norm()))
+            if key in state
+            else math.inf
+            for key in keys
+        }
+        far = _ratio(math.hypot(*by_key.values()), size)
+        if not far <= worst.deviation:
+            first = next((key for key in keys if not by_key[key] <= 0.1 * max(by_key.values())), keys[0])
+            said = f"{kind} of {name}, beside how far one process has moved them"
+            worst = Deviation("optimizer step", far, bounds.step, number, first, said)
+    yield worst

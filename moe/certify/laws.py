@@ -124,7 +124,7 @@ def _adamw(step: Step, before: State, run: RunConfig, number: int) -> Deviation:
             continue
         second, weight = step.state[f"exp_avg_sq/{name}"].double(), f"weight/{name}"
         decayed = config.beta2 * before[f"exp_avg_sq/{name}"].double()
-        far = _apart(second, decayed + (1 - config.beta2) * got[f"/{name}"].square(), 0.0)
+        far = _apart(second, decayed + (1 - config.beta2) * got[f"/{name}"].square())
         root = (second / (1 - config.beta2 ** (number + 1))).sqrt() + config.eps
         update = step.learning_rate * exp_avg.double() / (1 - config.beta1 ** (number + 1)) / root
         was = before[weight].double()
@@ -140,7 +140,7 @@ def _adamw(step: Step, before: State, run: RunConfig, number: int) -> Deviation:
     return Deviation("AdamW's rule", worst, 1e-3, number, first, "beside a step of the rule")
 
 
-def _apart(tensor: Tensor, other: Tensor, rounding: float) -> float:
+def _apart(tensor: Tensor, other: Tensor) -> float:
     size = float(other.norm())
-    far = max(0.0, float(torch.dist(tensor, other)) - rounding)
+    far = float(torch.dist(tensor, other))
     return far / size if size else (0.0 if far == 0 else math.inf)

@@ -95,11 +95,11 @@ def _whole(run: RunConfig, step: int, padding: int) -> tuple[Tensor, Tensor, Ten
 
 
 def mask_of(run: RunConfig, step: int) -> Tensor:
-    """Bool [B, S]: the first step has two tokens that count, so that most experts get none; later ones have many,
-    but for half a row, at times a whole one. What does not count comes last: no token that counts attends to it.
+    """Bool [B, S]: all tokens count but for half a row and, at every other step, a whole one; in the last step only
+    two tokens do, so that most experts get none. What does not count comes last: no token that counts attends to it.
     """
     mask = torch.ones(run.train.global_batch_size, run.data.sequence_length, dtype=torch.bool)
-    if step == 0:
+    if step == run.train.steps - 1:
         mask[:] = False
         mask[0, :2] = True
         return mask

@@ -42,11 +42,6 @@ class Deviation:
         return self.deviation <= self.bound  # never so for NaN
 
 
-def part(key: str) -> str:
-    """STATE of `STATE/PARAMETER[EXPERT]`."""
-    return key.partition("/")[0]
-
-
 def family(key: str) -> str:
     """Which weights a key belongs to."""
     name = "." + key.partition("/")[2]

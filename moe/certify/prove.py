@@ -9,7 +9,7 @@ from moe.certify import ranks
 from moe.certify.compare import Pieces, compare, equal_states, piece, state_before
 from moe.certify.layouts import Choice, Layout, choose, reference, spread
 from moe.certify.parts import Deviation
-from moe.certify.ranks import Fault, Plant
+from moe.certify.ranks import Fault, Place, Plant
 from moe.certify.seen import Job, Seen
 from moe.certify.shrink import STEPS, shrink
 from moe.config import RunConfig
@@ -86,13 +86,12 @@ def certify(
             progress.begin(len(plan.jobs))
         report = (lambda job: progress.done(str(job.layout))) if progress else (lambda job: None)
         found: dict[str, Seen | Fault] = {}
+        place = Place(Path(folder), ranks.device(max(layout.world for layout in choice.layouts)), job_s)
         for jobs in plan.launches():
-            found |= ranks.run(jobs, Path(folder), report, plant, job_s)
+            found |= ranks.run(jobs, place, report, plant)
     trials = [_reference_trial(name, plan, found) for name in plan.references.values()]
     trials += [_trial(layout, plan, found) for layout in choice.layouts]
-    worlds = [layout.world for layout in choice.layouts]
-    device = ranks.devices(max(worlds))[0].type
-    return Proof(recipe, small, device, tuple(trials), choice.left_out)
+    return Proof(recipe, small, place.device, tuple(trials), choice.left_out)
 
 
 @dataclass(frozen=True)

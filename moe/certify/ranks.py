@@ -8,8 +8,8 @@ import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +36,28 @@ class Fault:
     message: str
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where processes run."""
+
+    folder: Path
+    """For what they see and say."""
+    device: str
+    """Of all: cpu or cuda."""
+    job_s: float = JOB_SECONDS
+    """How long a job may take."""
+
+    def device_of(self, rank: int) -> torch.device:
+        return torch.device("cuda", rank) if self.device == "cuda" else torch.device("cpu")
+
+
+def device(world_size: int) -> str:
+    """GPUs if there is one for each of so many ranks, else the CPU: all that is compared is computed alike."""
+    return "cuda" if torch.cuda.device_count() >= world_size else "cpu"
+
+
 def run(
-    jobs: Sequence[Job], folder: Path, report: Report, plant: Plant | None = None, job_s: float = JOB_SECONDS
+    jobs: Sequence[Job], place: Place, report: Report, plant: Plant | None = None
 ) -> dict[str, Seen | Fault]:
     """Do `jobs`, all of one world size, in turn; those after a failed one on fresh processes.
 
@@ -46,9 +66,9 @@ def run(
     found: dict[str, Seen | Fault] = {}
     left = list(jobs)
     while left:
-        fault = _launch(left, folder, report, plant, job_s)
-        done = [job for job in left if (folder / f"{job.name}.pt").exists()]
-        found |= {job.name: read(folder / f"{job.name}.pt") for job in done}
+        fault = _launch(left, place, report, plant)
+        done = [job for job in left if (place.folder / f"{job.name}.pt").exists()]
+        found |= {job.name: read(place.folder / f"{job.name}.pt") for job in done}
         left = left[len(done) :]
         if left:
             found[left[0].name] = Fault(fault or "the processes ended without a word")
@@ -57,46 +77,57 @@ def run(
     return found
 
 
-def devices(world_size: int) -> list[torch.device]:
-    """A GPU for each rank if there are enough, else the CPU for all."""
-    if torch.cuda.device_count() >= world_size:
-        return [torch.device("cuda", rank) for rank in range(world_size)]
-    return [torch.device("cpu")] * world_size
-
-
-def _launch(
-    jobs: Sequence[Job], folder: Path, report: Report, plant: Plant | None, job_s: float
-) -> str | None:
+def _launch(jobs: Sequence[Job], place: Place, report: Report, plant: Plant | None) -> str | None:
     """Start processes for `jobs` and wait for their end; what the first failing rank said."""
     world_size = jobs[0].layout.world
-    here = folder / f"ranks-{time.monotonic_ns()}"
+    here = place.folder / f"ranks-{time.monotonic_ns()}"
     here.mkdir()
-    context = _context(devices(world_size))
-    ranks = [
-        context.Process(
-            target=_rank, args=(rank, world_size, tuple(jobs), folder, here, plant, job_s), daemon=True
-        )
-        for rank in range(world_size)
-    ]
+    with _environment(place, world_size):
+        context = _context(place)
+        ranks = [
+            context.Process(
+                target=_rank, args=(rank, world_size, tuple(jobs), place, here, plant), daemon=True
+            )
+            for rank in range(world_size)
+        ]
+        try:
+            for process in ranks:
+                process.start()
+            return _wait(ranks, jobs, place, here, report)
+        finally:
+            for process in ranks:
+                if process.is_alive():
+                    process.kill()
+                if process.pid is not None:
+                    process.join()
+
+
+@contextmanager
+def _environment(place: Place, world_size: int) -> Iterator[None]:
+    """What processes find in theirs, and none of it in ours after."""
+    wanted = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", str(max(1, _cores() // world_size)))}
+    if place.device == "cpu":
+        wanted |= {"DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    before = {name: os.environ.get(name) for name in wanted}
+    os.environ.update(wanted)
     try:
-        for process in ranks:
-            process.start()
-        return _wait(ranks, jobs, folder, here, report, job_s)
+        yield
     finally:
-        for process in ranks:
-            if process.is_alive():
-                process.kill()
-            process.join()
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
-def _context(chosen: Sequence[torch.device]) -> Any:
-    if chosen[0].type == "cuda":
+def _context(place: Place) -> Any:
+    if place.device == "cuda":
         return multiprocessing.get_context("spawn")  # a process with CUDA in use must not fork
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, _cores() // len(chosen))))
     context = multiprocessing.get_context("forkserver")
     # What is slow to import is imported once; DeepSpeed asks for the last two when an engine starts.
-    context.set_forkserver_preload(["moe.certify.measure", "torch._dynamo", "torch._inductor.compile_fx"])
+    context.set_forkserver_preload(
+        [__name__, "moe.certify.measure", "torch._dynamo", "torch._inductor.compile_fx"]
+    )
     return context
 
 
@@ -104,26 +135,26 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def _wait(
-    ranks: Sequence[Any], jobs: Sequence[Job], folder: Path, here: Path, report: Report, job_s: float
-) -> str | None:
+def _wait(ranks: Sequence[Any], jobs: Sequence[Job], place: Place, here: Path, report: Report) -> str | None:
     left, begun = list(jobs), False
     deadline = time.monotonic() + START_SECONDS
     while True:
         if not begun and (here / "begun").exists():
-            begun, deadline = True, time.monotonic() + job_s
+            begun, deadline = True, time.monotonic() + place.job_s
         ended = not any(process.is_alive() for process in ranks)
         failed = any(process.exitcode not in (None, 0) for process in ranks)
-        while left and (folder / f"{left[0].name}.pt").exists():
+        while left and (place.folder / f"{left[0].name}.pt").exists():
             report(left.pop(0))
-            deadline = time.monotonic() + job_s
+            deadline = time.monotonic() + place.job_s
         if failed:
             return _first_word(here, ranks)
         if ended:
             return None
         if time.monotonic() > deadline:
             return (
-                f"it did not {'end' if begun else 'start'} within {job_s if begun else START_SECONDS:.0f} s"
+                f"it did not end within {place.job_s:.0f} s"
+                if begun
+                else f"it did not start within {START_SECONDS:.0f} s"
             )
         time.sleep(_POLL_SECONDS)
 
@@ -146,10 +177,9 @@ def _rank(
     rank: int,
     world_size: int,
     jobs: Sequence[Job],
-    folder: Path,
+    place: Place,
     here: Path,
     plant: Plant | None,
-    job_s: float,
 ) -> None:
     """One rank: all jobs in turn; its last words go into a file."""
     _end_with_parent()
@@ -159,7 +189,7 @@ def _rank(
     try:
         from moe.certify.measure import observe, ranks_of
 
-        chosen = devices(world_size)[rank]
+        chosen = place.device_of(rank)
         torch.set_num_threads(max(1, _cores() // world_size))
         if chosen.type == "cuda":
             torch.cuda.set_device(chosen)
@@ -168,7 +198,7 @@ def _rank(
             store=dist.FileStore(str(here / "store"), world_size),  # type: ignore[attr-defined]  # exported at run time only
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=job_s),
+            timeout=datetime.timedelta(seconds=place.job_s),
         )
         (here / "begun").touch()
         for job in jobs:
@@ -176,7 +206,7 @@ def _rank(
                 plant(job)
             seen = observe(job, ranks_of(rank, job.layout, chosen))
             if rank == 0:
-                write(seen, folder / f"{job.name}.pt")
+                write(seen, place.folder / f"{job.name}.pt")
         dist.barrier()
         dist.destroy_process_group()
     except BaseException as error:

@@ -1,14 +1,21 @@
 """`turnout certify` as a user meets it: a table, a certificate, an exit code; and the certificate in checkpoints."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
 from moe import train
+from moe.certify.command import command
+from moe.certify.layouts import Layout
+from moe.certify.parts import Deviation
+from moe.certify.prove import Proof, Trial
+from moe.certify.shrink import shrink
 from moe.checkpoint import certificate, folder
 from moe.checkpoint.save import TrainState, save
 from moe.config import RunConfig
@@ -23,8 +30,8 @@ SMALL = ("--layouts", "ep=2,zero=1,then=resume")
 
 
 def turnout(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "moe.cli", "certify", *arguments]
-    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=280)
+    words = [sys.executable, "-m", "moe.cli", "certify", *arguments]
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=280)
 
 
 @pytest.mark.timeout(300)
@@ -80,6 +87,38 @@ def test_what_cannot_be_done_is_said_with_exit_code_2(arguments: tuple[str, ...]
     assert done.returncode == 2
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_failure_is_printed_written_and_the_exit_code(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Faults themselves are planted in tests/dist/test_certify.py."""
+    run = load(RunConfig, DEMO)
+    bad = Deviation("gradient of experts", 1.0, 2e-4, 0, "/layers.0.ffn.experts.down[1]", "2 times")
+    missing = Deviation("exp_avg after resume", math.inf, 0.0, 2, "exp_avg/head.weight")
+    good = Deviation("loss", 1e-7, 1e-5, 1)
+    trials = (Trial(Layout(), (good,)), Trial(Layout(2, 2), (bad, missing, good)))
+    left_out = ((Layout(2, zero=0), "a rule"),)
+    proof = Proof(run, shrink(run, 2), "cpu", trials, left_out)
+    monkeypatch.setattr("moe.certify.prove.certify", lambda *_: proof)
+    target = tmp_path / "new/certificate.json"
+    done = CliRunner().invoke(command, [DEMO, "--json", str(target)])
+    assert done.exit_code == 1
+    printed = " ".join(done.stdout.split())
+    assert (
+        "2 ranks, EP 2, ZeRO 1: step 1: gradient of experts is off by 1 (bound 0.0002), first in "
+        "/layers.0.ffn.experts.down[1]: 2 times" in printed
+    )
+    assert "step 3: exp_avg after resume is not there, or not finite, first in exp_avg/head.weight" in printed
+    assert "left out: 2 ranks, EP 1, ZeRO 0: a rule" in printed
+    assert (
+        "1 of 2 trainings of a small demo on cpu do what one process and the rules say; 1 do not." in printed
+    )
+    page = json.loads(target.read_text())
+    assert page["verdict"] == "fail"
+    assert [trial["verdict"] for trial in page["trials"]] == ["pass", "fail"]
+    assert page["trials"][1]["checks"][1]["deviation"] is None
+    assert [path.name for path in target.parent.iterdir()] == ["certificate.json"]
 
 
 def _save_all(rank: int, folders: list[Path]) -> None:
