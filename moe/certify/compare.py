@@ -38,7 +38,7 @@ class Bounds:
 
 
 BOUNDS: dict[Precision, Bounds] = {
-    "fp32": Bounds(loss=1e-5, gradient=2e-4, step=2e-2, counts=0.0, muon=True),
+    "fp32": Bounds(loss=1e-5, gradient=5e-5, step=2e-2, counts=0.0, muon=True),
     "bf16": Bounds(loss=1e-2, gradient=1e-1, step=3e-1, counts=0.05, muon=False),
 }
 LEAST_CHOICES = 100

@@ -113,8 +113,9 @@ def _selection(small: RunConfig, recipe: RunConfig, world_size: int) -> list[Lay
     eps = [ep for ep in divisors(world_size) if experts % ep == 0]
     recomputes = [r for r in _literals(TrainConfig, "activation_recomputation") if r != "none"]
     chosen = [
-        Layout(world_size, ep, zero=zero, accumulation=1 + turn % 2)
-        for turn, (ep, zero) in enumerate(itertools.product(eps, zero_stages()))
+        Layout(world_size, ep, zero=zero, accumulation=1 + (row + column) % 2)
+        for row, ep in enumerate(eps)
+        for column, zero in enumerate(zero_stages())
     ]
     widest = Layout(world_size, eps[-1])
     chosen += [
