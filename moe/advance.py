@@ -6,7 +6,8 @@ from moe.checkpoint import folder as folders
 from moe.checkpoint import guarded
 from moe.checkpoint.resume import load
 from moe.checkpoint.save import TrainState
-from moe.engine.engine import Engine, StepResult
+from moe.engine.engine import Engine
+from moe.engine.result import StepResult
 from moe.errors import TrainingError
 from moe.metrics import Meter
 

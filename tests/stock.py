@@ -158,11 +158,12 @@ def write_run(folder: Path, source: Saved) -> Path:
         else:
             tensors[f"weight/{name}"] = tensor
     save_file(tensors, step / "state.safetensors")
-    return finish_run(folder, source.run, source.step, list(tensors))
+    shapes = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
+    return finish_run(folder, source.run, source.step, shapes)
 
 
-def finish_run(folder: Path, run: RunConfig, number: int, keys: list[str]) -> Path:
-    """All but the state.safetensors of the run's one checkpoint, which holds `keys`."""
+def finish_run(folder: Path, run: RunConfig, number: int, shapes: dict[str, tuple[int, ...]]) -> Path:
+    """All but the state.safetensors of the run's one checkpoint, which holds tensors of `shapes`."""
     from moe.checkpoint import folder as folders
 
     step = folders.step_folder(folder, number)
@@ -174,13 +175,13 @@ def finish_run(folder: Path, run: RunConfig, number: int, keys: list[str]) -> Pa
             step=number,
             next_sample=number * run.train.global_batch_size,
             tokens=0,
-            world_size=1,
+            layout=folders.Layout.of(run, 1),
             data_fingerprint="",
             files={
                 path.name: folders.File(path.stat().st_size, folders.hash_file(path))
                 for path in step.iterdir()
             },
-            tensors=dict.fromkeys(keys, "state.safetensors"),
+            tensors={key: folders.Saved("state.safetensors", shape, None) for key, shape in shapes.items()},
         ),
     )
     write_tokenizer(folder / "tokenizer")

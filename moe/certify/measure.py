@@ -19,8 +19,9 @@ from moe.config import RunConfig
 from moe.data.loader import Batch
 from moe.dist import Ranks, consecutive
 from moe.engine.build import build
-from moe.engine.engine import Engine, StepResult
+from moe.engine.engine import Engine
 from moe.engine.groups import is_expert
+from moe.engine.result import StepResult
 from moe.seed import stream
 
 FINGERPRINT = "certify"

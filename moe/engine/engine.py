@@ -6,7 +6,7 @@ L sparse layers, E experts.
 import math
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from itertools import accumulate
 from typing import Any
@@ -24,44 +24,16 @@ from moe.engine.gate import Gate
 from moe.engine.groups import adopt
 from moe.engine.library import deepspeed
 from moe.engine.partition import homes, show_partitions
+from moe.engine.result import StepResult
 from moe.errors import TrainingError
 from moe.guard import Guard
 from moe.loss import Losses, Totals
 from moe.model import ModelOutput, Transformer
 from moe.seed import number
 from moe.sparse import Jitter, balance, health
-from moe.sparse.health import Health, Sample
+from moe.sparse.health import Sample
 
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer  # isort: skip
-
-
-@dataclass(frozen=True)
-class StepResult:
-    """One optimizer step over the global batch; device tensors, so that reading them is the caller's wait."""
-
-    cross_entropy: Tensor
-    """Nats per token, before the step."""
-    load_balancing: Tensor
-    """Mean over sparse layers, unweighted, of the loss with the widest scope in use; 1 is balance."""
-    router_z: Tensor
-    """Mean over sparse layers."""
-    total: Tensor
-    """What was differentiated."""
-    gradient_norm: Tensor
-    """Global norm before clipping."""
-    learning_rate: float
-    num_tokens: int
-    """Tokens of the global batch, masked ones included."""
-    tokens_per_expert: Tensor | None
-    """int64 [L, E] over all ranks and micro-batches; None for a dense model."""
-    num_dropped: Tensor | None
-    """int64 [L]: choices that found their expert full, over all ranks and micro-batches; None for a dense model."""
-    health: Health | None
-    """Over all ranks and micro-batches; None if it was not asked for, and for a dense model."""
-    guard: Guard
-    """After this step."""
-    fault: str = ""
-    """Why the step was skipped; empty: it was taken."""
 
 
 class Engine:

@@ -11,7 +11,8 @@ from moe.config import RunConfig
 from moe.data.loader import Batch
 from moe.dist import Ranks, consecutive
 from moe.engine.build import build
-from moe.engine.engine import Engine, StepResult
+from moe.engine.engine import Engine
+from moe.engine.result import StepResult
 from moe.sparse.health import Health
 
 VOCAB, LENGTH = 128, 32

@@ -23,7 +23,8 @@ from moe.checkpoint import state as states
 from moe.checkpoint.resume import restore
 from moe.checkpoint.save import TrainState, save
 from moe.config import RunConfig
-from moe.engine.engine import Engine, StepResult
+from moe.engine.engine import Engine
+from moe.engine.result import StepResult
 from moe.errors import TrainingError
 from moe.metrics import Meter, Tracker
 from tests.dist.layouts import OPTIMIZER, batches, ranks_of, start, tiny

@@ -10,7 +10,8 @@ from moe.checkpoint import folder as folders
 from moe.config import RunConfig
 from moe.data.loader import Batch
 from moe.data.shards import TokenData
-from moe.engine.engine import Engine, StepResult
+from moe.engine.engine import Engine
+from moe.engine.result import StepResult
 from moe.stop import StopSignal
 from moe.train import train
 from tests.dist.layouts import ranks_of, tiny

@@ -82,7 +82,7 @@ def _large_run(folder: Path) -> Path:
             shapes[f"weight/{move.ours}" + (f"[{number}]" if move.stacked else "")] = move.piece_shape
     tensors = ((key, torch.full(shape, float(n))) for n, (key, shape) in enumerate(shapes.items()))
     write_tensors(step / "state.safetensors", shapes, torch.float32, tensors)
-    return finish_run(folder, run_of(LARGE), 1, list(shapes))
+    return finish_run(folder, run_of(LARGE), 1, shapes)
 
 
 @pytest.mark.slow

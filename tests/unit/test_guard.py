@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
-from moe.checkpoint.folder import Manifest
+from moe.checkpoint.folder import Layout, Manifest, Saved
 from moe.checkpoint.guarded import read, tensors
 from moe.config import GuardConfig, RunConfig
 from moe.dist import Ranks
@@ -97,9 +97,10 @@ def test_a_checkpoint_holds_a_guard_to_the_bit(
     guard = Guard(losses, norms, skipped, others, others + 1)
     folder = tmp_path_factory.mktemp("guard")
     save_file(tensors(guard), folder / "file")
-    written = dict.fromkeys(tensors(guard), "file")
-    assert read(folder, Manifest(1, 1, 1, 1, "data", {}, written)) == guard
-    assert read(folder, Manifest(1, 1, 1, 1, "data", {}, {})) == Guard()
+    written = {key: Saved("file", tuple(tensor.shape), None) for key, tensor in tensors(guard).items()}
+    layout = Layout(1, 1, 1, 1)
+    assert read(folder, Manifest(1, 1, 1, layout, "data", {}, written)) == guard
+    assert read(folder, Manifest(1, 1, 1, layout, "data", {}, {})) == Guard()
     assert tensors(Guard()) == {}
 
 

@@ -106,7 +106,9 @@ def _saved(page: dict[str, Any], folder: Path, next_sample: int) -> RunConfig:
     step.mkdir(parents=True)
     (step / "recipe.yaml").write_text(recipe.dump(run))
     file = folders.File((step / "recipe.yaml").stat().st_size, folders.hash_file(step / "recipe.yaml"))
-    folders.write_manifest(step, folders.Manifest(4, next_sample, 1024, 1, "data", {"recipe.yaml": file}, {}))
+    layout = folders.Layout.of(run, 1)
+    manifest = folders.Manifest(4, next_sample, 1024, layout, "data", {"recipe.yaml": file}, {})
+    folders.write_manifest(step, manifest)
     return run
 
 
