@@ -73,6 +73,8 @@ class Tally:
     """What has happened."""
 
     kills: int = 0
+    within_saves: int = 0
+    """Kills of a rank by itself, at a call of the thread that writes."""
     lives: int = 0
     moments: Counter[str] = field(default_factory=Counter)
     """Of kills, by what they left behind."""
@@ -140,6 +142,7 @@ def _life(
         return _end(ranks, run)
     _kill(ranks, victim, draw)
     tally.kills += 1
+    tally.within_saves += trapped
     left = _left(run, born)
     tally.moments[left.partition(" of")[0]] += 1
     how = f"at {100 * share:.0f} % of save {progress + 1}" if trapped else "from outside"
@@ -296,7 +299,8 @@ def main() -> None:
         tally = chaos(Path(folder), options.kills, options.seed, _print, asynchronous=not options.waiting)
     moments = ", ".join(f"{count} left {moment}" for moment, count in tally.moments.most_common())
     _print(
-        f"{tally.kills} kills in {tally.lives} lives ({moments}): every start went on from a checkpoint that verifies, "
+        f"{tally.kills} kills, {tally.within_saves} of them within a save, in {tally.lives} lives ({moments}): "
+        f"every start went on from a checkpoint that verifies, "
         f"and {tally.runs} of {tally.runs} runs ended equal to the bit; {time.monotonic() - began:.0f} s"
     )
 

@@ -12,7 +12,7 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     tally = chaos(tmp_path, kills=5, seed=3, say=said.append)
     assert tally.kills == 5, said
-    assert tally.moments["a torn save"], said
+    assert tally.within_saves >= 1, said
 
 
 @pytest.mark.timeout(400)
@@ -26,4 +26,4 @@ def test_fifty_kills_change_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     tally = chaos(tmp_path, kills=50, seed=5, say=said.append)
     assert tally.kills == 50, said
-    assert tally.moments["a torn save"] >= 10, said
+    assert tally.within_saves >= 10, said
