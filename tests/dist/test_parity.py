@@ -7,19 +7,41 @@ from pathlib import Path
 import pytest
 
 from tests.dist.layouts import batches, ranks_of, start, tiny, train
-from tests.dist.parity import Curve, Layout, curves, deviation, everything, matrix
+from tests.dist.parity import Curve, Layout, curves, deviation, everything, matrix, quick
 from tests.harness import run_ranks
+
+
+SLOW = [layout for layout in matrix() if layout not in quick()]
+
+
+def _trained(layouts: list[Layout], folder: Path) -> dict[Layout, Curve]:
+    return curves([*{layout.reference() for layout in layouts}, *layouts], folder)
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Curve]:
-    layouts = matrix()
-    return curves([*{layout.reference() for layout in layouts}, *layouts], tmp_path_factory.mktemp("parity"))
+    return _trained(quick(), tmp_path_factory.mktemp("parity"))
+
+
+@pytest.fixture(scope="module")
+def slowly_trained(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Curve]:
+    return _trained(SLOW, tmp_path_factory.mktemp("parity"))
 
 
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", matrix(), ids=str)
+@pytest.mark.parametrize("layout", quick(), ids=str)
 def test_layout_equals_one_process(layout: Layout, trained: dict[Layout, Curve]) -> None:
+    _check(layout, trained)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("layout", SLOW, ids=str)
+def test_so_does_the_rest_of_the_matrix(layout: Layout, slowly_trained: dict[Layout, Curve]) -> None:
+    _check(layout, slowly_trained)
+
+
+def _check(layout: Layout, trained: dict[Layout, Curve]) -> None:
     far = deviation(trained[layout], trained[layout.reference()])
     assert far.loss < 1e-5
     assert far.gradient_norm < 1e-4
