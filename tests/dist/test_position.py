@@ -3,6 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,11 +37,11 @@ def _run(folder: Path, steps: int, ep: int, micro: int) -> RunConfig:
 def _stretch(rank: int, world_size: int, run: RunConfig, seen: Path) -> None:
     step = Engine.step
 
-    def noted(self: Engine, batches: Sequence[Batch], number: int, *, observe: bool = False) -> StepResult:
+    def noted(self: Engine, batches: Sequence[Batch], number: int, **more: Any) -> StepResult:
         rows = [row for batch in batches for row in batch.input_ids_BS.tolist()]
         with (seen / f"{number:03d}-{rank}").open("x") as file:  # no step is taken twice
             json.dump([row[0] // LENGTH for row in rows], file)
-        return step(self, batches, number, observe=observe)
+        return step(self, batches, number, **more)
 
     Engine.step = noted  # type: ignore[method-assign]  # this process ends with the test
     data = TokenData.open(Path(run.data.path), verify=False)
