@@ -34,10 +34,10 @@ study: venv  ## Dense against sparse at equal cost, and balancing policies: hour
 	$(OFFLINE) $(BIN)/python -m moe.bench.study configs/study/study.yaml
 
 test: venv  ## The tests, with real 2- and 4-process runs, under 15 minutes on 2 cores
-	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: venv  ## The slow tests that `make test` leaves out
-	$(OFFLINE) $(BIN)/python -m pytest -m slow -n 2 --dist loadfile
+	$(OFFLINE) $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
 
 parity: venv  ## The layout parity, more of it than `make test` has, as a table: 151 layouts beside one process; half an hour
 	$(OFFLINE) $(BIN)/python -m tests.dist.parity
