@@ -29,9 +29,11 @@ DEMO = "configs/demo.yaml"
 SMALL = ("--layouts", "ep=2,zero=1,then=resume")
 
 
-def turnout(*arguments: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+def turnout(
+    *arguments: str, cwd: Path | None = None, seconds: float = 280
+) -> subprocess.CompletedProcess[str]:
     words = [sys.executable, "-m", "moe.cli", "certify", *arguments]
-    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=280)
+    return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=seconds)
 
 
 @pytest.mark.timeout(300)
@@ -67,7 +69,7 @@ def test_the_demo_is_certified(tmp_path: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("recipe", [DEMO, "configs/study/dense.yaml", "configs/study/sparse.yaml"])
 def test_every_shipped_recipe_is_certified_in_the_whole_selection(recipe: str, tmp_path: Path) -> None:
-    done = turnout(recipe, "--world", "4", "--json", str(tmp_path / "certificate.json"))
+    done = turnout(recipe, "--world", "4", "--json", str(tmp_path / "certificate.json"), seconds=1400)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
