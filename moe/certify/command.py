@@ -1,5 +1,6 @@
 """`turnout certify`: a recipe -> a table, certificate.json, and an exit code."""
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -73,15 +74,15 @@ def command(
 
 
 def _refuse_unwritable(target: Path) -> None:
-    """Before minutes of work, not after."""
+    """Before minutes of work, not after; makes nothing, since the recipe may be refused yet."""
     if target.is_dir():
         raise ConfigError(f"--json is {target}, but that is a folder. Give the path of a file.")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
+    place = next(parent for parent in target.absolute().parents if parent.exists())
+    if not place.is_dir() or not os.access(place, os.W_OK):
+        why = "not writable" if place.is_dir() else "not a folder"
         raise ConfigError(
-            f"{target} cannot be written ({error.strerror or error}). Give --json the path of a file that can be."
-        ) from None
+            f"{target} cannot be written: {place} is {why}. Give --json the path of a file that can be."
+        )
 
 
 @contextmanager

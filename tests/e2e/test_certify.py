@@ -91,6 +91,12 @@ def test_what_cannot_be_done_is_said_with_exit_code_2(arguments: tuple[str, ...]
     assert "Traceback" not in done.stderr
 
 
+def test_what_is_refused_leaves_nothing_behind(tmp_path: Path) -> None:
+    done = turnout(DEMO, f"run_dir={tmp_path / 'run'}", "--layouts", "ep=3")
+    assert done.returncode == 2
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_failure_is_printed_written_and_the_exit_code(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
