@@ -13,6 +13,7 @@ VERBS = {
     "train": ("launch.local:command", "Train a recipe, or go on with a run that was stopped."),
     "evaluate": ("moe.evaluate:command", "Measure held-out loss and bits per byte of a run."),
     "export": ("moe.export:command", "Write a run as a Hugging Face checkpoint."),
+    "upcycle": ("moe.upcycle:command", "Make a sparse model of a dense Hugging Face checkpoint."),
     "generate": ("moe.generate:command", "Continue a prompt with a run or an export."),
     "checkpoint": ("moe.checkpoints:command", "List, verify, prune or resize the checkpoints of a run."),
     "certify": ("moe.certify.command:command", "Prove that a recipe trains the same in any layout."),

@@ -10,7 +10,7 @@ from moe.hf.families import FAMILIES, SET, Family, setting
 def family_of(model: ModelConfig) -> Family:
     """The row whose needs the model meets; raises `ExportError` naming the switches that would give it one."""
     kin = [family for family in FAMILIES if _meets(model, "moe", family.needs["moe"])]
-    lacking = {family.model_type: _differences(family, model) for family in kin}
+    lacking = {family.model_type: differences(family, model) for family in kin}
     for family in kin:
         if not lacking[family.model_type]:
             return family
@@ -27,7 +27,8 @@ def check_exportable(model: ModelConfig) -> None:
     family_of(model)
 
 
-def _differences(family: Family, model: ModelConfig) -> list[str]:
+def differences(family: Family, model: ModelConfig) -> list[str]:
+    """The switches that would make `model` one of the family, as overrides; none: it is."""
     found = [
         f"model.{path}={_word(value)}"
         for path, value in family.needs.items()

@@ -54,10 +54,30 @@ class Comparison:
 def verify(
     folder: Path, model: ModelConfig, read: "Read", dtype: Dtype, *, python: str = sys.executable
 ) -> Comparison:
-    """Compare the logits of `folder`, loaded by a fresh `python` with stock code, with those of our `Transformer`.
+    """`measure`, which must find the two equal.
 
     Ours runs on the weights rounded to `dtype`, as they are on disk, so one tolerance holds for both. Raises
     `ExportError`: stock code cannot load the folder, or `Comparison.equal` is false.
+    """
+    result = measure(folder, model, read, dtype, python=python)
+    if not result.equal:
+        keys = (
+            f", and these names do not match: {', '.join(result.wrong_keys[:5])}" if result.wrong_keys else ""
+        )
+        raise ExportError(
+            f"transformers {result.transformers} differs from the trained model by {result.max_difference:.3g} with "
+            f"logits up to {result.logit_scale:.3g} (relative {result.relative_difference:.1e}, allowed "
+            f"{TOLERANCE:.0e}; KL {result.kl:.1e}){keys}: nothing was exported. Please report the recipe as a bug."
+        )
+    return result
+
+
+def measure(
+    folder: Path, model: ModelConfig, read: "Read", dtype: Dtype, *, python: str = sys.executable
+) -> Comparison:
+    """Compare the logits of `folder`, loaded by a fresh `python` with stock code, with those of our `Transformer`.
+
+    Raises `ExportError`: stock code cannot load the folder.
     """
     with tempfile.TemporaryDirectory(prefix="turnout-verify-") as scratch:
         reference, report = Path(scratch) / "reference.safetensors", Path(scratch) / "report.json"
@@ -73,17 +93,7 @@ def verify(
         if child.returncode or not report.is_file():
             last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
             raise ExportError(f"stock transformers cannot load the export ({last[0]}): nothing was exported.")
-        result = Comparison(**json.loads(report.read_text(encoding="utf-8")))
-    if not result.equal:
-        keys = (
-            f", and these names do not match: {', '.join(result.wrong_keys[:5])}" if result.wrong_keys else ""
-        )
-        raise ExportError(
-            f"transformers {result.transformers} differs from the trained model by {result.max_difference:.3g} with "
-            f"logits up to {result.logit_scale:.3g} (relative {result.relative_difference:.1e}, allowed "
-            f"{TOLERANCE:.0e}; KL {result.kl:.1e}){keys}: nothing was exported. Please report the recipe as a bug."
-        )
-    return result
+        return Comparison(**json.loads(report.read_text(encoding="utf-8")))
 
 
 def our_logits(
