@@ -113,14 +113,15 @@ def write_model(
     dtype: Dtype = "fp32",
     max_shard_size: int = 5 * 10**9,
     load_balancing_weight: float = 0.0,
+    family: Family | None = None,
 ) -> Written:
-    """Write weights, settings, tokenizer and card into the existing `folder`.
+    """Write weights, settings, tokenizer and card into the existing `folder`, as `family` or the first that fits.
 
     `names` are the logical names of the model and `read` fetches one as float32, piece by piece; one piece is held at
     a time. `tokenizer` is a folder of its own or a Hugging Face folder, of which nothing else is taken. Raises
     `ExportError`: no stock architecture, names or shapes that are not the model's, no tokenizer.
     """
-    family = family_of(model)
+    family = family_of(model) if family is None else family
     plan = moves(family, model)
     check_names(plan, names)
     tokens = special_tokens(tokenizer)

@@ -17,12 +17,14 @@ from hypothesis import strategies as st
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from moe import upcycle as verb
-from moe.config import ModelConfig
+from moe.bench.upcycle import Plan
+from moe.config import ModelConfig, RunConfig
 from moe.errors import ConfigError, ExportError
 from moe.hf import compare, verify
 from moe.hf.targets import Options, target
 from moe.hf.upcycle import Upcycled
 from moe.hf.verify import Comparison, our_logits, save_reference
+from moe.recipe import load
 from moe.upcycle import LARGEST_KL, upcycle
 from tests.dense import DenseFolder, write_dense
 from tests.stock import CASES, Saved, random_weights, run_of
@@ -442,6 +444,19 @@ def test_the_verb_says_what_it_did_and_whether_that_is_exact(
     assert done.exit_code == 2
     assert "It can become qwen3_moe" in done.output
     assert not (tmp_path / "c").exists()
+
+
+def test_the_study_trains_both_sparse_models_alike_but_for_where_they_begin(tmp_path: Path) -> None:
+    recipe = Path(__file__).parents[2] / "configs/study/upcycle.yaml"
+    plan = Plan(recipe, ("train.micro_batch_size=2",), tmp_path, Options(8, 4, 2), 200, 1)
+    scratch = plan.sparse("scratch", None)
+    run = load(RunConfig, recipe, scratch)
+    assert run.model.moe is not None
+    assert (run.model.moe.num_experts, run.model.moe.top_k, run.train.steps) == (8, 4, 200)
+    assert run.model.moe.expert_intermediate_size * 2 == plan.dense().model.intermediate_size
+    upcycled = plan.sparse("upcycled", tmp_path / "from")
+    places = {"name=upcycled", f"run_dir={tmp_path / 'upcycled'}", f"init_from={tmp_path / 'from'}"}
+    assert set(upcycled) - set(scratch) == places
 
 
 def test_the_source_of_a_test_is_what_an_export_reads() -> None:
