@@ -108,6 +108,8 @@ class Meter:
             "tokens_per_second": result.num_tokens / seconds,
             "mfu": result.num_tokens / seconds * self._share_per_token,
         }
+        if self._run.model.prediction_depth:
+            record["prediction_loss"] = float(result.further)
         counts_LE = result.tokens_per_expert
         if counts_LE is not None:
             limited = self._run.balance.capacity_factor is not None
