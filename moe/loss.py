@@ -30,7 +30,7 @@ class Losses:
     """Shares that add up, over ranks and micro-batches, to the means over the global batch."""
 
     total: Tensor
-    """What is differentiated: cross-entropy, the weighted loss of prediction modules, and the weighted balancing losses,
+    """What is differentiated: cross-entropy, and weighted, the loss of prediction modules and the balancing losses
     summed over layers."""
     cross_entropy: Tensor
     """Nats per token."""

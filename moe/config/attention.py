@@ -8,7 +8,7 @@ from moe.config.base import Count, Section, Size
 
 
 def _norm(value: Any) -> Any:
-    """true and false are short for the commonest two."""
+    """True and false are short for the commonest two."""
     return {True: "head", False: "none"}[value] if isinstance(value, bool) else value
 
 
@@ -20,7 +20,7 @@ class RopeScaling(Section):
     """Frequencies stretched for sequences longer than those first trained on."""
 
     kind: Literal["linear", "llama3", "yarn"]
-    """All frequencies divided by factor (arXiv:2306.15595), the low ones (Llama 3.1), or by a ramp (arXiv:2309.00071)."""
+    """Divide all frequencies (arXiv:2306.15595), the low ones (Llama 3.1), or by a ramp (arXiv:2309.00071)."""
     factor: PositiveFloat
     """How many times longer."""
     original_max_sequence_length: Size | None = None
@@ -40,7 +40,7 @@ class RopeScaling(Section):
     mscale: PositiveFloat | None = None
     """Weight of log(factor) in that factor, above mscale_all_dim's (DeepSeek-V2); yarn."""
     mscale_all_dim: PositiveFloat | None = None
-    """Its weight for all dimensions of a head, in the scale of the logits; yarn under latent attention (DeepSeek-V2)."""
+    """Its weight for all dimensions of a head; scales latent attention's logits too (DeepSeek-V2); yarn."""
 
 
 class LatentAttentionConfig(Section):

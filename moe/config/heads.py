@@ -64,8 +64,8 @@ def _latent(attention: AttentionConfig) -> list[str]:
     }
     way_out = {"qk_norm": "Set model.attention.qk_norm=none"}
     return [
-        f"model.attention.{name} is {getattr(attention, name)}, but model.attention.latent is set: latent attention has "
-        f"no such thing, so it has no effect. {way_out.get(name, 'Remove it')}, or remove latent."
+        f"model.attention.{name} is {getattr(attention, name)}, but model.attention.latent is set: latent attention "
+        f"has no such thing, so it has no effect. {way_out.get(name, 'Remove it')}, or remove latent."
         for name, found in idle.items()
         if found
     ]

@@ -93,6 +93,8 @@ class ModelConfig(Section):
     2.2)."""
     init_std: PositiveFloat = 0.02
     """Standard deviation of the initial weights; output projections get init_std / sqrt(2 num_layers)."""
+    architecture: str | None = None
+    """Stock architecture (model_type) to export as; null: the first of the table that equals the model."""
     attention: AttentionConfig
     moe: MoEConfig | None = None
     """The sparse layers; null: a dense model."""

@@ -5,10 +5,10 @@ from typing import Protocol
 
 from moe.config.base import refuse
 from moe.config.guard import guard_faults
+from moe.config.numbers import choice, divisors
 from moe.config.parallel import parallel_faults
 from moe.config.run import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from moe.config.sequence import sequence_faults, sequence_sizes
-from moe.config.numbers import choice, divisors
 from moe.config.shape import shape_faults
 
 

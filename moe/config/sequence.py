@@ -2,8 +2,8 @@
 
 import math
 
-from moe.config.run import RunConfig
 from moe.config.numbers import choice, divisors
+from moe.config.run import RunConfig
 
 
 def sequence_faults(run: RunConfig) -> list[str]:

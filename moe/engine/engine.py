@@ -103,14 +103,14 @@ class Engine:
             output = self.wrapped(batch.input_ids_BS, batch.labels_BS, batch.mask_BS, jitter)
             here = self._losses(output, batch, totals)
             self.wrapped.backward(here.total * (self.ranks.world_size * len(batches)))
-            terms = (
+            parts = (
                 here.cross_entropy,
                 here.load_balancing,
                 here.router_z,
                 here.further,
                 here.total.detach(),
             )
-            sums += torch.stack(terms)
+            sums += torch.stack(parts)
             load_here = loss.local_load(output)
             load = load_here if load is None or load_here is None else load + load_here
             if observe and output.records:

@@ -14,21 +14,18 @@ from moe.hf.settings import (
     ATTENTION_SCALE,
     HUNYUAN_SHARED,
     KV_HEADS,
-    LAYER_WINDOWS,
     MLP_ONLY,
     MLP_TYPES,
     MUP_EMBEDDING,
     PREDICTION_DEPTH,
-    QWEN_MOE_WINDOW,
-    QWEN_WINDOWS,
     SPARSE_RANGE,
-    UNIFORM_WINDOW,
     biases,
     groups,
     heads,
     query_key_norm,
     shared_experts,
 )
+from moe.hf.windows import LAYER_WINDOWS, QWEN_MOE_WINDOW, QWEN_WINDOWS, UNIFORM_WINDOW
 
 _SETTINGS = {
     "vocab_size": "vocab_size",
@@ -95,8 +92,8 @@ _PACKED = (
         "sparse",
     ),
 )
-_PACKED_SHARED = (
-    names.swiglu_packed("ffn.shared_expert", "shared_mlp.input_linear", "shared_mlp.output_linear")
+_PACKED_SHARED = names.swiglu_packed(
+    "ffn.shared_expert", "shared_mlp.input_linear", "shared_mlp.output_linear"
 )
 _GPT_OSS_EXPERTS = (
     names.linear("ffn.router", "mlp.router", "E D", "sparse"),
@@ -259,7 +256,9 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             *_BODY,
             Name("norm.bias", ("model.norm.bias",), ("D",), "none"),
             Name("head.bias", ("lm_head.bias",), ("V",), "none", {"head_bias": True}),
-            *names.norm_biases(("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")),
+            *names.norm_biases(
+                ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")
+            ),
             *names.experts("block_sparse_moe", "w1", "w3", "w2"),
         ),
         settings={
@@ -523,6 +522,7 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             "attention.sliding_window": SET,
             "attention.rope_layers": "windowed",
             "norm_placement": "sandwich",
+            "moe.shared_expert_intermediate_size": SET,
         },
         names=(
             *names.EMBEDDINGS,
@@ -553,7 +553,7 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
         parts=(
             rope(),
             biases("attention_bias"),
-            shared_experts("num_shared_experts", "moe_intermediate_size"),
+            shared_experts("num_shared_experts", "moe_intermediate_size", required=True),
             LAYER_WINDOWS,
             MUP_EMBEDDING,
         ),

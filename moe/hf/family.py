@@ -16,9 +16,9 @@ Layers = Literal["none", "all", "dense", "sparse", "prediction"]
 class Name:
     """A logical tensor of ours and the disk tensors that hold its rows.
 
-    `{layer}` runs over `layers`. Of a stacked tensor, whose shape begins with E, either `{expert}` runs over its pieces,
-    or one disk tensor holds them all, piece after piece. Several disk names are equal blocks of a piece's rows, in order
-    (gate above up).
+    `{layer}` runs over `layers`. Of a stacked tensor, whose shape begins with E, either `{expert}` runs over its
+    pieces, or one disk tensor holds them all, piece after piece. Several disk names are equal blocks of a piece's
+    rows, in order (gate above up).
     """
 
     ours: str

@@ -186,15 +186,16 @@ POST_NORMS = norms(
 )
 DENSE = swiglu("ffn", "mlp", "I", "dense")
 _MODULE = "predictions.{depth}."
-PREDICTION = tuple(
-    Name(_MODULE + ours, (LAYER + disk,), tuple(shape.split()), "prediction")
-    for ours, disk, shape in (
-        ("embedding_norm.weight", "enorm.weight", "D"),
-        ("hidden_norm.weight", "hnorm.weight", "D"),
-        ("project.weight", "eh_proj.weight", "D 2D"),
-        ("norm.weight", "shared_head.norm.weight", "D"),
-    )
-) + (
+PREDICTION = (
+    *(
+        Name(_MODULE + ours, (LAYER + disk,), tuple(shape.split()), "prediction")
+        for ours, disk, shape in (
+            ("embedding_norm.weight", "enorm.weight", "D"),
+            ("hidden_norm.weight", "hnorm.weight", "D"),
+            ("project.weight", "eh_proj.weight", "D 2D"),
+            ("norm.weight", "shared_head.norm.weight", "D"),
+        )
+    ),
     Name("embed.weight", (LAYER + "embed_tokens.weight",), ("V", "D"), "prediction", copy=True),
     Name(
         "head.weight",

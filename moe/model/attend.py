@@ -50,7 +50,7 @@ def _with_sink(
 
 def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks_h: Tensor | None) -> Tensor:
     """Blocks of W queries see their own block and the one before: work and memory grow with S W, not S S."""
-    batch, heads, length, _ = q.shape
+    batch, _, length, _ = q.shape
     blocks = -(-length // window)
     missing = blocks * window - length
     q = F.pad(q, (0, 0, 0, missing)).unflatten(2, (blocks, window)).transpose(1, 2).flatten(0, 1)
@@ -66,8 +66,8 @@ def _windowed(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int, sinks_
     mixed = F.scaled_dot_product_attention(
         q, k, v, attn_mask=mask, scale=scale, enable_gqa=q.shape[1] != k.shape[1]
     )
-    mixed = mixed.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
-    return mixed[:, :, :length]
+    whole: Tensor = mixed.unflatten(0, (batch, blocks)).transpose(1, 2).flatten(2, 3)
+    return whole[:, :, :length]
 
 
 def _pairs_of_blocks(x: Tensor, window: int, blocks: int, missing: int) -> Tensor:

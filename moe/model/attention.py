@@ -83,7 +83,8 @@ class GroupedAttention(Attention):
         return q, k, v
 
     def _normed(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        assert self.query_norm is not None and self.key_norm is not None
+        assert self.query_norm is not None
+        assert self.key_norm is not None
         return self.query_norm(q), self.key_norm(k)
 
 
@@ -111,10 +112,8 @@ class LatentAttention(Attention):
 
     def project(self, x_BPD: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         latent = self.latent
-        if latent.query_rank is None:
-            q = self.query(x_BPD)
-        else:
-            q = self.query_up(self.query_norm(self.query_down(x_BPD)))
+        whole = latent.query_rank is None
+        q = self.query(x_BPD) if whole else self.query_up(self.query_norm(self.query_down(x_BPD)))
         q_BPHd = q.unflatten(-1, (-1, self.head_dim))
         c_BPc, shared_BPr = self.kv_down(x_BPD).split([latent.kv_rank, latent.rope_head_dim], dim=-1)
         kv_BPH = self.kv_up(self.kv_norm(c_BPc)).unflatten(

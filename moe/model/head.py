@@ -30,7 +30,7 @@ class Head(nn.Module):
 
         Tokens whose `mask` (bool [...]) is False add nothing.
         """
-        bias = self.bias
+        bias: Tensor | None = self.bias
         if self.divisor != 1:
             h = h / self.divisor
             bias = None if bias is None else bias / self.divisor

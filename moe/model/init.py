@@ -52,8 +52,8 @@ def fill(part: nn.Module, place: str, config: ModelConfig, seed: int) -> None:
                     isinstance(module, Head) and config.tie_embeddings
                 ):  # else it is the embedding's weight
                     draw(module.weight, std, name)
-                if getattr(module, "bias", None) is not None:
-                    module.bias.zero_()
+                if isinstance(bias := getattr(module, "bias", None), Tensor):
+                    bias.zero_()
             case Experts():
                 for local, expert in enumerate(module.layout.local_experts):
                     draw(module.gate_up[local], std, name, "gate_up", expert)

@@ -1,4 +1,4 @@
-"""Hidden states and the tokens that follow -> hidden states that foretell one token more (arXiv:2412.19437, section 2.2).
+"""Hidden states and the tokens that follow -> hidden states that foretell one token more.
 
 B sequences, S positions, D width.
 """
@@ -15,7 +15,9 @@ from moe.sparse.linear import Linear
 
 
 class Prediction(nn.Module):
-    """norm(block(M [norm(e); norm(h)])), with embedding and head of the model it stands behind (eq. 21-23).
+    """norm(block(M [norm(e); norm(h)])), with embedding and head of the model behind which it stands.
+
+    arXiv:2412.19437, section 2.2, eq. 21-23.
 
     As in stock `transformers`, h is the output of the model's last norm, and e comes first.
     """

@@ -78,7 +78,8 @@ def _stretched(frequency_p: Tensor, width: int, theta: float, scaling: RopeScali
 def _llama3(frequency_p: Tensor, scaling: RopeScaling, original: int) -> Tensor:
     """Short waves stay, long ones are divided, those between are mixed (Llama 3.1's code)."""
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-    assert low is not None and high is not None, "checked by moe.config.shape"
+    assert low is not None, "checked by moe.config.shape"
+    assert high is not None, "checked by moe.config.shape"
     wave_p = 2 * math.pi / frequency_p
     kept_p = ((original / wave_p - low) / (high - low)).clamp(0, 1)
     return (1 - kept_p) * frequency_p / scaling.factor + kept_p * frequency_p

@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         mask_BS: Tensor | None,
         jitter: Jitter | None,
     ) -> tuple[Tensor, list[RoutingRecord | None]]:
-        """Nats of the prediction modules, and their routing. A sequence's last tokens foretell nothing, yet are routed."""
+        """Nats of the prediction modules, and routing. A sequence's last tokens foretell nothing, but are routed."""
         kept_BS = torch.ones_like(labels_BS, dtype=torch.bool) if mask_BS is None else mask_BS
         nats, records = torch.zeros((), device=h_BSD.device), []
         for depth, module in enumerate(self.predictions):
