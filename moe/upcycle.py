@@ -79,7 +79,6 @@ def upcycle(
             card(sparse, source.absolute().name, to.name, why_not, dtype),
             dtype=dtype,
             max_shard_size=max_shard_size,
-            family=sparse.family,
         )
         if (generation := source / "generation_config.json").is_file():
             shutil.copy(generation, folder / generation.name)  # it may know more than the tokenizer does

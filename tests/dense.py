@@ -1,21 +1,11 @@
-"""Small dense models made by stock `transformers`, and their folders read as logical weights."""
+"""Small dense models made by stock `transformers`."""
 
-import json
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
-from moe.config import ModelConfig
-from moe.hf.convert import moves
-from moe.hf.families import FAMILIES
 from tests.stock import write_tokenizer
-
-_BIASED = {"qwen2"}
-_QK_NORM = {"qwen3"}
 
 
 def write_dense(folder: Path, model_type: str, **changes: Any) -> Path:
@@ -47,48 +37,3 @@ def write_dense(folder: Path, model_type: str, **changes: Any) -> Path:
     model.save_pretrained(folder)
     write_tokenizer(folder)
     return folder
-
-
-@dataclass(frozen=True)
-class DenseFolder:
-    """A folder of Llama, Qwen3 or Qwen2."""
-
-    model: ModelConfig
-    weights: dict[str, torch.Tensor]
-
-    @classmethod
-    def open(cls, folder: Path) -> "DenseFolder":
-        page = json.loads((folder / "config.json").read_text())
-        kind = page["model_type"]
-        model = ModelConfig.model_validate(
-            {
-                "vocab_size": page["vocab_size"],
-                "hidden_size": page["hidden_size"],
-                "num_layers": page["num_hidden_layers"],
-                "intermediate_size": page["intermediate_size"],
-                "max_sequence_length": page["max_position_embeddings"],
-                "norm_eps": page["rms_norm_eps"],
-                "tie_embeddings": page["tie_word_embeddings"],
-                "init_std": page["initializer_range"],
-                "attention": {
-                    "num_heads": page["num_attention_heads"],
-                    "num_kv_heads": page["num_key_value_heads"],
-                    "head_dim": page.get("head_dim"),
-                    "qk_norm": kind in _QK_NORM,
-                    "qkv_bias": kind in _BIASED,
-                    "rope_theta": page["rope_parameters"]["rope_theta"],
-                },
-            }
-        )
-        (family,) = (family for family in FAMILIES if family.model_type == kind)
-        disk = load_file(folder / "model.safetensors")
-        return cls(
-            model,
-            {move.ours: move.join([disk[key] for key in move.disk]) for move in moves(family, model)},
-        )
-
-    def names(self) -> list[str]:
-        return list(self.weights)
-
-    def pieces(self, name: str) -> Iterator[torch.Tensor]:
-        yield self.weights[name].clone()

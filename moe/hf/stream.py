@@ -21,19 +21,19 @@ _NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 def write_tensors(
     path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: "torch.dtype",
+    planned: "Mapping[str, tuple[tuple[int, ...], torch.dtype]]",
     tensors: Iterator[tuple[str, "torch.Tensor"]],
 ) -> None:
-    """Write the next len(shapes) of `tensors`, converted to `dtype`: they must come as `shapes` names them.
+    """Write the next len(planned) of `tensors`: they must come by the names and in the shapes that are `planned`, and
+    are converted to its dtypes.
 
     Raises `ExportError` if they do not; `OSError` as the system does.
     """
     import torch
 
     with path.open("wb") as file:
-        file.write(_header(shapes, dtype))
-        for key, shape in shapes.items():
+        file.write(_header(planned))
+        for key, (shape, dtype) in planned.items():
             came, tensor = next(tensors, ("nothing", torch.empty(0)))
             if (came, tuple(tensor.shape)) != (key, shape):
                 raise ExportError(
@@ -44,10 +44,10 @@ def write_tensors(
             del tensor  # else it would be held while the next is read
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: "torch.dtype") -> bytes:
+def _header(planned: "Mapping[str, tuple[tuple[int, ...], torch.dtype]]") -> bytes:
     page: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for key, shape in shapes.items():
+    for key, (shape, dtype) in planned.items():
         end = start + prod(shape) * dtype.itemsize
         page[key] = {
             "dtype": _NAMES[str(dtype).removeprefix("torch.")],

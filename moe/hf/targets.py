@@ -9,10 +9,12 @@ from math import isfinite
 
 from moe.config import ModelConfig
 from moe.config.base import build, refuse
-from moe.config.shape import choice, divisors, shape_faults
+from moe.config.numbers import choice, divisors
+from moe.config.shape import shape_faults
 from moe.errors import ConfigError
-from moe.hf.families import FAMILIES, SET, Family
-from moe.hf.match import differences
+from moe.hf.families import SPARSE_FAMILIES
+from moe.hf.family import SET, Family
+from moe.hf.match import NEAREST, differences, family_of
 
 
 @dataclass(frozen=True)
@@ -63,17 +65,18 @@ def target(dense: ModelConfig, options: Options) -> tuple[Family, ModelConfig]:
     Raises `ConfigError`: options that contradict each other or the model, or a family it cannot become.
     """
     refuse(_faults(dense, options))
-    sparse = [family for family in FAMILIES if family.needs["moe"] is SET]
-    if options.family is not None and options.family not in {family.model_type for family in sparse}:
-        known = ", ".join(family.model_type for family in sparse)
+    if options.family is not None and options.family not in {family.model_type for family in SPARSE_FAMILIES}:
+        known = ", ".join(family.model_type for family in SPARSE_FAMILIES)
         raise ConfigError(f"--family is {options.family!r}, which is no sparse architecture: use {known}.")
-    models = {family.model_type: _model(dense, options, family) for family in sparse}
-    lacking = {family.model_type: _lacking(family, models[family.model_type]) for family in sparse}
-    wanted = [family for family in sparse if options.family in (None, family.model_type)]
+    models = {family.model_type: _model(dense, options, family) for family in SPARSE_FAMILIES}
+    lacking = {family.model_type: _lacking(family, models[family.model_type]) for family in SPARSE_FAMILIES}
+    wanted = [family for family in SPARSE_FAMILIES if options.family in (None, family.model_type)]
     for family in wanted:
         if not lacking[family.model_type]:
             model = models[family.model_type]
             refuse(shape_faults(model))
+            if family_of(model) is not family:  # another row fits too
+                model = model.model_copy(update={"architecture": family.model_type})
             return family, model
     raise ConfigError(_refusal(options.family, lacking))
 
@@ -88,6 +91,8 @@ _KEEPS_THE_FUNCTION: Mapping[str, object] = {
     "latent_size": None,
 }
 """What a sparse block needs in order to be the dense one: weights that add up to 1, and experts of its kind."""
+_ADD_UP = ("softmax", "sigmoid")
+"""Router scores that do, once normalised, and are equal where logits are."""
 
 
 def _model(dense: ModelConfig, options: Options, family: Family) -> ModelConfig:
@@ -105,8 +110,14 @@ def _model(dense: ModelConfig, options: Options, family: Family) -> ModelConfig:
         "shared_expert_intermediate_size": options.shared_expert_size,
         "first_k_dense": options.first_k_dense,
     }
-    width = dense.intermediate_size if options.first_k_dense else None
-    page = {**dense.model_dump(), "intermediate_size": width, "moe": section}
+    if section.get("router_score") not in _ADD_UP:
+        section["router_score"] = _ADD_UP[0]
+    page = {
+        **dense.model_dump(),
+        "architecture": None,
+        "intermediate_size": dense.intermediate_size if options.first_k_dense else None,
+        "moe": section,
+    }
     return build(ModelConfig, page, f"upcycling into {family.model_type}")
 
 
@@ -131,8 +142,9 @@ def _refusal(wanted: str | None, lacking: Mapping[str, list[str]]) -> str:
         return f"--family is {wanted}, which needs {', '.join(lacking[wanted])}: the dense model lacks that. {way_out}"
     if within_reach:
         return f"no sparse architecture fits the dense model with these options. {way_out}"
-    needs = "".join(f"\n       {name}: {', '.join(found)}" for name, found in lacking.items())
-    return f"no sparse architecture can hold the dense model. {way_out} Each would need{needs}"
+    nearest = sorted(lacking.items(), key=lambda item: len(item[1]))[:NEAREST]
+    needs = "".join(f"\n       {name}: {', '.join(found)}" for name, found in nearest)
+    return f"no sparse architecture can hold the dense model. {way_out} The nearest would need{needs}"
 
 
 def _faults(dense: ModelConfig, options: Options) -> list[str]:

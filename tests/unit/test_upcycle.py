@@ -1,8 +1,6 @@
 import gc
 import json
 import os
-import sys
-import types
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
@@ -21,12 +19,13 @@ from moe.bench.upcycle import Plan
 from moe.config import ModelConfig, RunConfig
 from moe.errors import ConfigError, ExportError
 from moe.hf import compare, verify
+from moe.hf.folder import HFFolder
 from moe.hf.targets import Options, target
 from moe.hf.upcycle import Upcycled
 from moe.hf.verify import Comparison, our_logits, save_reference
 from moe.recipe import load
 from moe.upcycle import LARGEST_KL, upcycle
-from tests.dense import DenseFolder, write_dense
+from tests.dense import write_dense
 from tests.stock import CASES, Saved, random_weights, run_of
 
 # All matrices are square, and there are as many experts as columns: a transposition fits anywhere.
@@ -55,6 +54,32 @@ EXACT: dict[str, tuple[str, dict[str, Any], Options, str]] = {
         {},
         Options(8, 4, 2, shared_expert_size=4),
         "qwen2_moe",
+    ),
+    "granular olmo2": ("olmo2", {}, Options(8, 4, 2), "flex_olmo"),
+    "olmo2 in copies": ("olmo2", {}, Options(4, 2), "flex_olmo"),
+    "sigmoid scores, a selection bias and a shared expert, llama": (
+        "llama",
+        {},
+        Options(8, 4, 2, family="solar_open", shared_expert_size=12),
+        "solar_open",
+    ),
+    "sigmoid scores, a selection bias and a shared expert, qwen3": (
+        "qwen3",
+        {"head_dim": 8},
+        Options(8, 4, 2, family="glm4_moe", shared_expert_size=12),
+        "glm4_moe",
+    ),
+    "the same, another name": (
+        "qwen3",
+        {"head_dim": 8},
+        Options(8, 4, 2, family="dots1", shared_expert_size=12),
+        "dots1",
+    ),
+    "softmax scores and a selection bias": (
+        "llama",
+        {},
+        Options(8, 4, 2, family="ernie4_5_moe"),
+        "ernie4_5_moe",
     ),
     "square llama": ("llama", SQUARE, Options(16, 4), "mixtral"),
     "square qwen3, granular, square experts": (
@@ -114,7 +139,7 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def made(source: Path, to: Path, options: Options, **choices: Any) -> verb.UpcycleResult:
-    return upcycle(DenseFolder.open(source), source, to, options, **choices)
+    return upcycle(HFFolder.open(source), source, to, options, **choices)
 
 
 @pytest.mark.parametrize(("kind", "changes", "options", "family"), EXACT.values(), ids=EXACT)
@@ -419,12 +444,7 @@ def test_verify_refuses_an_exact_recipe_that_is_not(
     assert not (tmp_path / "sparse").exists()
 
 
-def test_the_verb_says_what_it_did_and_whether_that_is_exact(
-    qwen3: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = types.ModuleType("moe.hf.folder")
-    folder.HFFolder = DenseFolder  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "moe.hf.folder", folder)
+def test_the_verb_says_what_it_did_and_whether_that_is_exact(qwen3: Path, tmp_path: Path) -> None:
     line = [str(qwen3), "--num-experts", "8", "--top-k", "4", "--granularity", "2"]
     runner = CliRunner()
     done = runner.invoke(
