@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from moe.hf.convert import Read
 
+SELECTION_BIAS = "selection_bias_E"
 TOLERANCE = 1e-5
 """Largest difference of two float32 logits, relative to the largest logit."""
 
@@ -140,7 +141,8 @@ def _fill_before(
             weights[name] = memory[place]
             for index, piece in enumerate(read(f"{prefix}.{name}")):
                 here = weights[name] if piece.shape == missing.shape else weights[name][index]
-                here.copy_(piece.to(getattr(torch, TORCH_NAMES[dtype])))
+                wide = name.endswith(SELECTION_BIAS)  # which is float32 on disk too
+                here.copy_(piece if wide else piece.to(getattr(torch, TORCH_NAMES[dtype])))
         part.load_state_dict(weights, assign=True)
 
     part.register_forward_pre_hook(fill)
