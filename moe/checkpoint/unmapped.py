@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moe.errors import CheckpointError
 
-_DTYPES = {"F32": torch.float32, "I64": torch.int64}
-"""What checkpoints hold."""
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+"""What checkpoints hold: ours float32 and int64, other folders halves too."""
 
 
 class TensorFile:
@@ -26,7 +26,16 @@ class TensorFile:
         with path.open("rb") as file:
             (length,) = struct.unpack("<Q", file.read(8))
             self._entries = json.loads(file.read(length))
+        self._entries.pop("__metadata__", None)
         self._data = 8 + length
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every tensor, by key."""
+        return {key: tuple(entry["shape"]) for key, entry in self._entries.items()}
+
+    def dtype(self, key: str) -> torch.dtype | None:
+        """None: one that cannot be read here."""
+        return _DTYPES.get(self._entries[key]["dtype"])
 
     def read(self, key: str) -> Tensor:
         """A tensor in memory of its own. Raises `CheckpointError` if the file cannot be read any more."""

@@ -1,0 +1,63 @@
+"""Weights by logical name, wherever they are kept -> the parameters of a model that stand here."""
+
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from moe.config import ModelConfig
+from moe.errors import CheckpointError
+from moe.model.head import Head
+from moe.sparse.experts import Experts
+
+
+class Weights(Protocol):
+    """The weights and buffers of a model, read when they are asked for; a folder or a checkpoint."""
+
+    @property
+    def model(self) -> ModelConfig:
+        """The switches that they belong to."""
+        ...
+
+    def names(self) -> list[str]:
+        """As `Transformer` names its parameters and buffers, a weight that is tied to another left out."""
+        ...
+
+    def pieces(self, name: str, only: range | None = None) -> Iterator[Tensor]:
+        """float32 on the CPU: the experts of a stacked weight one by one (`only` those), or the whole of any other."""
+        ...
+
+
+@torch.no_grad()
+def copy(part: nn.Module, place: str, weights: Weights) -> None:
+    """Fill, in place, the parameters and buffers of a model's part that stands at `place` ("": the whole model).
+
+    Of experts only those held here are read, one at a time. Raises `CheckpointError`: another shape than the part's.
+    """
+    for name, module in part.named_modules(prefix=place):
+        tied = isinstance(module, Head) and weights.model.tie_embeddings
+        only = module.layout.local_experts if isinstance(module, Experts) else None
+        own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
+        for key, tensor in own:
+            if not (tied and key == "weight"):  # which is the embedding's
+                _fill(tensor, f"{name}.{key}", weights, only)
+
+
+def _fill(tensor: Tensor, name: str, weights: Weights, only: range | None) -> None:
+    homes = [tensor] if only is None else list(tensor)
+    filled = 0
+    for piece in weights.pieces(name, only):
+        # copy_ would spread a smaller piece over its home.
+        if filled == len(homes) or piece.shape != homes[filled].shape:
+            break
+        homes[filled].copy_(piece)
+        filled += 1
+        del piece  # else it would be held while the next is read
+    else:
+        if filled == len(homes):
+            return
+    raise CheckpointError(
+        f"{name} does not have the shape {list(tensor.shape)} that the model has there. Use the model section that "
+        f"the weights belong to."
+    )
