@@ -1,4 +1,4 @@
-"""A saved model -> a folder that stock `transformers` loads: whole and checked, or not there at all."""
+"""A model -> a folder that stock `transformers` loads: whole and checked, or not there at all."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from moe.config import RunConfig
+from moe.config import ModelConfig, RunConfig
 from moe.errors import ConfigError, ExportError
 from moe.hf.convert import Move, check_names, disk_tensors, moves
 from moe.hf.families import Family
@@ -24,6 +24,17 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+_TOKENIZER_FILES = (
+    "tokenizer*",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "*.tiktoken",
+    "chat_template*",
+    "additional_chat_templates",
+)
+"""What belongs to the tokenizer in a model's folder, as `transformers` and the Hub name it."""
 
 
 @dataclass(frozen=True)
@@ -74,23 +85,51 @@ def write(
     max_shard_size: int = 5 * 10**9,
     certified: str = "",
 ) -> Written:
+    """`write_model` for a run's saved `step`, with a card that states its recipe and what its certificate says."""
+    balance = run.balance
+    return write_model(
+        folder,
+        run.model,
+        names,
+        read,
+        tokenizer,
+        card(family_of(run.model), run, step, dtype, certified),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        load_balancing_weight=balance.sequence_loss_weight
+        + balance.micro_batch_loss_weight
+        + balance.global_batch_loss_weight,
+    )
+
+
+def write_model(
+    folder: Path,
+    model: ModelConfig,
+    names: Collection[str],
+    read: "Read",
+    tokenizer: Path,
+    card_text: str,
+    *,
+    dtype: Dtype = "fp32",
+    max_shard_size: int = 5 * 10**9,
+    load_balancing_weight: float = 0.0,
+) -> Written:
     """Write weights, settings, tokenizer and card into the existing `folder`.
 
-    `names` are the saved logical names and `read` fetches one as float32, piece by piece; one piece is held at a
-    time. Raises `ExportError`: no stock architecture, names or shapes that are not the recipe's, no tokenizer.
+    `names` are the logical names of the model and `read` fetches one as float32, piece by piece; one piece is held at
+    a time. `tokenizer` is a folder of its own or a Hugging Face folder, of which nothing else is taken. Raises
+    `ExportError`: no stock architecture, names or shapes that are not the model's, no tokenizer.
     """
-    family = family_of(run.model)
-    plan = moves(family, run.model)
+    family = family_of(model)
+    plan = moves(family, model)
     check_names(plan, names)
     tokens = special_tokens(tokenizer)
-    shutil.copytree(tokenizer, folder, dirs_exist_ok=True, ignore=shutil.ignore_patterns(".*"))
+    copy_tokenizer(tokenizer, folder)
     weight_files = _write_weights(folder, plan, read, dtype, max_shard_size)
-    balance = run.balance
-    weight = balance.sequence_loss_weight + balance.micro_batch_loss_weight + balance.global_batch_loss_weight
-    page = config_page(family, run.model, tokens, dtype=dtype, load_balancing_weight=weight)
+    page = config_page(family, model, tokens, dtype=dtype, load_balancing_weight=load_balancing_weight)
     _write_json(folder / "config.json", page)
     _write_json(folder / "generation_config.json", generation_page(tokens))
-    (folder / "README.md").write_text(card(family, run, step, dtype, certified), encoding="utf-8")
+    (folder / "README.md").write_text(card_text, encoding="utf-8")
     parameters = sum(move.numel for move in plan)
     return Written(
         family=family,
@@ -99,6 +138,21 @@ def write(
         num_bytes=parameters * _itemsize(dtype),
         weight_files=weight_files,
     )
+
+
+def copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy a tokenizer into the existing `folder`: all of a folder of its own, of a model's only what is the
+    tokenizer's.
+    """
+    hidden = shutil.ignore_patterns(".*")
+    if not (source / "config.json").is_file():
+        shutil.copytree(source, folder, dirs_exist_ok=True, ignore=hidden)
+        return
+    for path in sorted(path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)):
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True, ignore=hidden)
+        else:
+            shutil.copy(path, folder / path.name)
 
 
 def shards(plan: list[Move], dtype: Dtype, max_shard_size: int) -> dict[str, list[str]]:

@@ -22,7 +22,7 @@ from moe.hf.load import from_folder, from_run
 from moe.hf.match import family_of
 from moe.hf.pages import Dtype
 from moe.hf.verify import TOLERANCE, Comparison, our_logits, save_reference, verify
-from moe.hf.write import Written, new_folder, parse_size, write
+from moe.hf.write import Written, new_folder, parse_size, write, write_model
 from tests.stock import CASES, Saved, saved, write_tokenizer
 
 ALL = pytest.mark.parametrize("config", [config for _, config in CASES.values()], ids=CASES)
@@ -291,6 +291,33 @@ def test_a_target_in_a_place_that_cannot_be_written_is_refused(tmp_path: Path) -
     (tmp_path / "file").write_text("x")
     with pytest.raises(ExportError, match="Choose another --to"), new_folder(tmp_path / "file" / "out"):
         pass
+
+
+def test_a_model_is_written_without_a_run_with_the_tokenizer_of_another_models_folder(
+    tmp_path: Path, tokenizer: Path
+) -> None:
+    config = CASES["mixtral"][1]
+    source = saved(config)
+    other = tmp_path / "other"
+    export(saved(CASES["llama"][1]), other, tokenizer)
+    (other / "additional_chat_templates").mkdir()
+    (other / "additional_chat_templates" / "short.jinja").write_text("{{ messages }}")
+    for name in ("chat_template.jinja", "model-00001-of-00002.safetensors", "pytorch_model.bin", ".hidden"):
+        (other / name).write_text("x")
+    with new_folder(tmp_path / "out") as folder:
+        write_model(folder, config, source.names(), source.pieces, other, "# From elsewhere\n")
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        "README.md",
+        "additional_chat_templates",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert (tmp_path / "out/README.md").read_text() == "# From elsewhere\n"
+    assert difference(stock(tmp_path / "out"), config, source) < TOLERANCE
 
 
 def test_a_missing_or_broken_tokenizer_is_refused(tmp_path: Path, tokenizer: Path) -> None:
