@@ -12,6 +12,7 @@ VERBS = {
     "prepare": ("data_prep.run:command", "Turn text into token shards, a tokenizer and a manifest."),
     "train": ("launch.local:command", "Train a recipe, or go on with a run that was stopped."),
     "evaluate": ("moe.evaluate:command", "Measure held-out loss and bits per byte of a run."),
+    "import": ("moe.ingest:command", "Bring a Hugging Face checkpoint in, to train on from it."),
     "export": ("moe.export:command", "Write a run as a Hugging Face checkpoint."),
     "generate": ("moe.generate:command", "Continue a prompt with a run or an export."),
     "checkpoint": ("moe.checkpoints:command", "List, verify, prune or resize the checkpoints of a run."),

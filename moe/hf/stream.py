@@ -6,7 +6,7 @@ header, JSON, padded with spaces to a multiple of 8; the tensors' bytes end to e
 
 import json
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,15 +24,17 @@ def write_tensors(
     shapes: Mapping[str, tuple[int, ...]],
     dtype: "torch.dtype",
     tensors: Iterator[tuple[str, "torch.Tensor"]],
+    wide: Collection[str] = (),
 ) -> None:
     """Write the next len(shapes) of `tensors`, converted to `dtype`: they must come as `shapes` names them.
 
-    Raises `ExportError` if they do not; `OSError` as the system does.
+    Those in `wide` are float32 whatever `dtype` is. Raises `ExportError` if they do not; `OSError` as the system does.
     """
     import torch
 
+    dtypes = {key: torch.float32 if key in wide else dtype for key in shapes}
     with path.open("wb") as file:
-        file.write(_header(shapes, dtype))
+        file.write(_header(shapes, dtypes))
         for key, shape in shapes.items():
             came, tensor = next(tensors, ("nothing", torch.empty(0)))
             if (came, tuple(tensor.shape)) != (key, shape):
@@ -40,17 +42,17 @@ def write_tensors(
                     f"{path.name}: {came} {list(tensor.shape)} came where {key} {list(shape)} was planned: nothing "
                     f"was exported. Please report the recipe as a bug."
                 )
-            file.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.write(tensor.to(dtypes[key]).contiguous().view(-1).view(torch.uint8).numpy().data)
             del tensor  # else it would be held while the next is read
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtype: "torch.dtype") -> bytes:
+def _header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, "torch.dtype"]) -> bytes:
     page: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
     for key, shape in shapes.items():
-        end = start + prod(shape) * dtype.itemsize
+        end = start + prod(shape) * dtypes[key].itemsize
         page[key] = {
-            "dtype": _NAMES[str(dtype).removeprefix("torch.")],
+            "dtype": _NAMES[str(dtypes[key]).removeprefix("torch.")],
             "shape": shape,
             "data_offsets": [start, end],
         }
