@@ -15,8 +15,10 @@ from moe.config import RunConfig, cautions, check_data
 from moe.data.loader import validation_batches
 from moe.data.shards import TokenData
 from moe.errors import CheckpointError, DataError, clean_exit
+from moe.hf import beginning
 from moe.loss import local_load
 from moe.model import Transformer, initialize
+from moe.model.source import copy
 from moe.recipe import load
 
 _UNIGRAM_BLOCK = 1 << 22
@@ -42,7 +44,8 @@ class Evaluation:
 def evaluate(run_folder: Path, step: int | None = None, batch_size: int = 16) -> Evaluation:
     """Evaluate a checkpoint (None: the newest) of a run on this machine, in float32.
 
-    Step 0 is the untrained model, drawn again from the recipe's seed. Raises `CheckpointError` or `DataError`.
+    Step 0 is the model that training began with: drawn again from the recipe's seed, or read again from its init_from.
+    Raises `CheckpointError` or `DataError`.
     """
     run, model, step = _load(run_folder, step)
     for caution in cautions(run.model):
@@ -104,7 +107,10 @@ def _load(run_folder: Path, step: int | None) -> tuple[RunConfig, Transformer, i
             raise CheckpointError(f"{run_folder} holds no run (no recipe.yaml). Give the folder of a run.")
         run = load(RunConfig, recipe)
         model = Transformer(run.model)
-        initialize(model, run.seed)
+        if (weights := beginning.begin(run, verify=True)) is not None:
+            copy(model, "", weights)
+        else:
+            initialize(model, run.seed)
         return run, model, 0
     saved = SavedModel.open(run_folder, step)
     model = Transformer(saved.run.model)
@@ -115,7 +121,7 @@ def _load(run_folder: Path, step: int | None) -> tuple[RunConfig, Transformer, i
 @click.command("evaluate")
 @click.argument("run", type=click.Path(path_type=Path))
 @click.option(
-    "--step", type=click.IntRange(min=0), help="Checkpoint to evaluate; 0: the untrained model. [newest]"
+    "--step", type=click.IntRange(min=0), help="Checkpoint to evaluate; 0: before any training. [newest]"
 )
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Write the figures to this file too."

@@ -116,8 +116,12 @@ def _progress(weights: "Weights") -> Iterator[Callable[[int], None]]:
 )
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Of the weights; fp32 if not given.")
 @click.option("--max-shard-size", help="Largest weight file; 5GB if not given.")
-@click.option("--verify", is_flag=True, help="Compare logits with stock transformers before the folder appears.")
-@click.option("--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file too.")
+@click.option(
+    "--verify", is_flag=True, help="Compare logits with stock transformers before the folder appears."
+)
+@click.option(
+    "--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file too."
+)
 def command(
     source: str,
     to: Path | None,
@@ -136,9 +140,16 @@ def command(
         from moe.hf.write import parse_size
 
         if to is None:
-            given = {"--dtype": dtype, "--max-shard-size": max_shard_size, "--verify": verify, "--json": json_path}
+            given = {
+                "--dtype": dtype,
+                "--max-shard-size": max_shard_size,
+                "--verify": verify,
+                "--json": json_path,
+            }
             if useless := next((name for name, value in given.items() if value), None):
-                raise ConfigError(f"{useless} is set, but nothing is written without --to. Give --to, or remove it.")
+                raise ConfigError(
+                    f"{useless} is set, but nothing is written without --to. Give --to, or remove it."
+                )
             click.echo(native_write.model_section(origin.find(source)[1].model), nl=False)
             return
         if json_path is not None:

@@ -1,9 +1,9 @@
 """A Hugging Face folder and saved logits -> how far stock `transformers` is from them; a process of its own.
 
-`python -P compare.py FOLDER REFERENCE REPORT [DTYPE]` needs only torch, transformers and safetensors, any version of them
-that can read the folder. REFERENCE is a safetensors file with `input_ids_BS` (int64) and `logits_BSV` (float32);
-REPORT is written as JSON: the fields of `moe.hf.verify.Comparison`. With DTYPE (`bfloat16`) the folder's parameters are
-rounded to it first. Nothing of ours is imported here.
+`python -P compare.py FOLDER REFERENCE REPORT [DTYPE]` needs only torch, transformers and safetensors, any version of
+them that can read the folder. REFERENCE is a safetensors file with `input_ids_BS` (int64) and `logits_BSV` (float32);
+REPORT is written as JSON: the fields of `moe.hf.verify.Comparison`. With DTYPE (`bfloat16`) the folder's parameters
+are rounded to it first. Nothing of ours is imported here.
 """
 
 import json

@@ -85,8 +85,8 @@ def model_of(page: dict[str, Any], source: str) -> ModelConfig:
     section = section if isinstance(section, dict) else {}
     if section.get("version") != VERSION:
         raise CheckpointError(
-            f"{source}: its {SECTION} section has version {section.get('version')!r}, but this version of turnout reads "
-            f"{VERSION}. Use the version that wrote it, or import the model again."
+            f"{source}: its {SECTION} section has version {section.get('version')!r}, but this version of turnout "
+            f"reads {VERSION}. Use the version that wrote it, or import the model again."
         )
     try:
         model = build(ModelConfig, section.get("model") or {}, source)
@@ -125,12 +125,17 @@ class NativeFolder:
         if name not in self._stored:
             raise CheckpointError(f"{self.path} has no parameter {name}.")
         keys = self._stored[name].keys
-        return (self._files[key].read(key).float() for key in (keys if only is None else keys[only.start : only.stop]))
+        return (
+            self._files[key].read(key).float()
+            for key in (keys if only is None else keys[only.start : only.stop])
+        )
 
     def _check(self) -> None:
         wanted = {key: tensor.piece_shape for tensor in self._stored.values() for key in tensor.keys}
         if missing := sorted(wanted.keys() - self._files.keys()):
-            raise CheckpointError(f"{self.path} lacks {_few(missing)}: it is not whole. Import the model again.")
+            raise CheckpointError(
+                f"{self.path} lacks {_few(missing)}: it is not whole. Import the model again."
+            )
         if unknown := sorted(self._files.keys() - wanted.keys()):
             raise CheckpointError(
                 f"{self.path} holds {_few(unknown)}, which its model section has no place for. Import the model again."
@@ -139,8 +144,8 @@ class NativeFolder:
             file = self._files[key]
             if file.shapes()[key] != shape or file.dtype(key) is None:
                 raise CheckpointError(
-                    f"{file.path}: {key} has shape {list(file.shapes()[key])} or a dtype that is not read here, but the "
-                    f"model section makes it {list(shape)} of float32, bfloat16 or float16. Import the model again."
+                    f"{file.path}: {key} has shape {list(file.shapes()[key])} or a dtype that is not read here, but "
+                    f"the model section makes it {list(shape)} of float32, bfloat16 or float16. Import the model again."
                 )
 
 

@@ -65,7 +65,9 @@ def write(
     for file, keys in files.items():
         here = {key: shapes[key] for key in keys}
         write_tensors(folder / file, here, getattr(torch, TORCH_NAMES[dtype]), stream, wide)
-    parameters, size = (sum(prod(tensor.shape) * each(tensor) for tensor in plan) for each in (lambda _: 1, _itemsize(dtype)))
+    parameters, size = (
+        sum(prod(tensor.shape) * each(tensor) for tensor in plan) for each in (lambda _: 1, _itemsize(dtype))
+    )
     if len(files) > 1:
         total = {"total_parameters": parameters, "total_size": size}
         _write_json(

@@ -62,7 +62,9 @@ def resolve(source: str | Path) -> Path:
 
 def has_tokenizer(folder: Path) -> bool:
     """Whether a tokenizer lies in the folder."""
-    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt"))
+    return any(
+        (folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    )
 
 
 def generation_settings(folder: Path) -> dict[str, Any]:

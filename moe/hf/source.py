@@ -10,10 +10,10 @@ if TYPE_CHECKING:
     from moe.model.source import Weights
 
 
-def open_weights(path: Path) -> "Weights":
+def open_weights(path: Path, *, verify: bool = True) -> "Weights":
     """By its config.json a native or a Hugging Face folder, by its recipe.yaml a run, whose newest checkpoint counts.
 
-    Raises `CheckpointError`: none of these, or not whole.
+    With `verify` what has hashes, a run, is compared with them. Raises `CheckpointError`: none of these, or not whole.
     """
     if (path / "config.json").is_file():
         if is_native(read_config(path)):
@@ -24,7 +24,7 @@ def open_weights(path: Path) -> "Weights":
     if (path / "recipe.yaml").is_file():
         from moe.checkpoint.read import SavedModel
 
-        return SavedModel.open(path)
+        return SavedModel.open(path, verify=verify)
     raise CheckpointError(
         f"{path} holds no model: there is neither a config.json nor a recipe.yaml. Give a folder that transformers, "
         f"`turnout import` or `turnout export` has written, or the folder of a run."

@@ -46,18 +46,19 @@ def copy(part: nn.Module, place: str, weights: Weights) -> None:
 
 def _fill(tensor: Tensor, name: str, weights: Weights, only: range | None) -> None:
     homes = [tensor] if only is None else list(tensor)
-    filled = 0
-    for piece in weights.pieces(name, only):
-        # copy_ would spread a smaller piece over its home.
-        if filled == len(homes) or piece.shape != homes[filled].shape:
-            break
-        homes[filled].copy_(piece)
-        filled += 1
-        del piece  # else it would be held while the next is read
-    else:
-        if filled == len(homes):
-            return
-    raise CheckpointError(
+    pieces = weights.pieces(name, only)
+    for home in homes:
+        piece = next(pieces, None)  # zip would hold the one before meanwhile
+        if piece is None or piece.shape != home.shape:  # copy_ would spread a smaller one
+            raise _misshapen(name, tensor)
+        home.copy_(piece)
+        del piece
+    if next(pieces, None) is not None:
+        raise _misshapen(name, tensor)
+
+
+def _misshapen(name: str, tensor: Tensor) -> CheckpointError:
+    return CheckpointError(
         f"{name} does not have the shape {list(tensor.shape)} that the model has there. Use the model section that "
         f"the weights belong to."
     )
