@@ -13,7 +13,7 @@ from moe.engine.library import deepspeed
 from moe.errors import CheckpointError, ConfigError
 from moe.model import SequenceGroup, Transformer, count
 from moe.model.init import fill
-from moe.model.source import Weights, copy
+from moe.model.source import Weights, copy, materialize
 from moe.sparse import Capacity, ExpertLayout, deepep
 
 
@@ -73,22 +73,9 @@ def _fill_and_shard(model: Transformer, run: RunConfig, ranks: Ranks, weights: W
     layers = [(f"layers.{index}", layer) for index, layer in enumerate(model.layers)]
     parts = [("embed", model.embed), *layers, ("norm", model.norm), ("head", model.head)]
     for name, part in parts:
-        _materialize(part, ranks.device, made)
+        materialize(part, ranks.device, torch.float32, made)
         _fill(part, name, run, weights)
         for parameter in part.parameters():
             if not hasattr(parameter, "ds_id"):  # a tied weight has its pieces already
                 parameter.data = parameter.data.to(dtype)
         deepspeed.zero.Init(module=part, config_dict_or_path=config)
-
-
-def _materialize(part: nn.Module, device: torch.device, made: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Replace what is on the meta device: weights uninitialised, buffers zero, as selection biases begin."""
-    for module in part.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in made:
-                fresh = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device=device))
-                vars(fresh).update(vars(parameter))  # DeepSpeed's marks
-                made[parameter] = fresh
-            setattr(module, name, made[parameter])
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros_like(buffer, device=device))

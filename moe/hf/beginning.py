@@ -42,13 +42,14 @@ def check_model(wanted: ModelConfig, found: ModelConfig, source: str) -> None:
             continue
         raise ConfigError(
             f"model.{key} is {brief(here)}, but the model in init_from, {source}, has {brief(there)}: its weights "
-            f"would mean another model. Set model.{key} to that; {_where(source)} holds the whole section, ready to paste."
+            f"would mean another model. Set model.{key} to that; {_where(source)} has the whole section."
         )
 
 
 def check_tokenizer(data_tokenizer: Path, source: str) -> None:
-    """Raise `DataError` if an id means another token to the data than to the model at `source`, if that has a
-    tokenizer."""
+    """Raise `DataError` if the model at `source` has a tokenizer, and an id means another token there than in the
+    data.
+    """
     own = tokenizer_folder(Path(source))
     theirs, ours = own / "tokenizer.json", data_tokenizer / "tokenizer.json"
     if not theirs.is_file() or not ours.is_file() or theirs.read_bytes() == ours.read_bytes():
