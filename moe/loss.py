@@ -30,13 +30,16 @@ class Losses:
     """Shares that add up, over ranks and micro-batches, to the means over the global batch."""
 
     total: Tensor
-    """What is differentiated: cross-entropy plus the weighted balancing losses, summed over layers."""
+    """What is differentiated: cross-entropy, and weighted, the loss of prediction modules and the balancing losses
+    summed over layers."""
     cross_entropy: Tensor
     """Nats per token."""
     load_balancing: Tensor
     """Mean over sparse layers of the loss with the widest scope in use, unweighted; 1 is balance."""
     router_z: Tensor
     """Mean over sparse layers, unweighted."""
+    further: Tensor
+    """Nats per token of the prediction modules, the mean over modules, unweighted; 0 without them."""
 
 
 def losses(
@@ -45,23 +48,32 @@ def losses(
     totals: Totals,
     config: BalanceConfig,
     choices_LBE: Tensor | None = None,
+    prediction_weight: float = 0.0,
 ) -> Losses:
     """Combine a micro-batch's cross-entropy and per-layer balancing losses. `mask_BS`: bool.
 
     `choices_LBE` are `choices` of the whole sequences where only some of their positions are here.
+    `prediction_weight` is that of the prediction modules' mean loss (arXiv:2412.19437, eq. 25).
     """
     cross_entropy = output.cross_entropy / totals.num_tokens
+    total, nothing = cross_entropy, torch.zeros_like(cross_entropy).detach()
+    further = nothing
+    if output.further is not None:
+        further = output.further / totals.num_tokens
+        total = total + prediction_weight * further
+    further = further.detach()
     if not output.records:
-        nothing = torch.zeros_like(cross_entropy).detach()
-        return Losses(cross_entropy, cross_entropy.detach(), nothing, nothing)
+        return Losses(total, cross_entropy.detach(), nothing, nothing, further)
     mask_T = mask_BS.flatten()
     router_z = torch.stack([balance.z_loss(r, mask_T) / totals.num_tokens for r in output.records])
-    total = cross_entropy + config.router_z_loss_weight * router_z.sum()
+    total = total + config.router_z_loss_weight * router_z.sum()
     load_balancing = torch.zeros_like(router_z).detach()
     for weight, per_layer in _scopes(output.records, mask_BS, totals, config, choices_LBE):
         load_balancing = per_layer
         total = total + weight * per_layer.sum()
-    return Losses(total, cross_entropy.detach(), load_balancing.detach().mean(), router_z.detach().mean())
+    return Losses(
+        total, cross_entropy.detach(), load_balancing.detach().mean(), router_z.detach().mean(), further
+    )
 
 
 def _scopes(

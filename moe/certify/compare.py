@@ -146,6 +146,7 @@ def _losses(step: Step, beside: Step, run: RunConfig, bounds: Bounds, number: in
     ratios = {
         "load-balancing loss": (step.load_balancing, beside.load_balancing),
         "router z-loss": (step.router_z, beside.router_z),
+        "loss of prediction modules": (step.further, beside.further),
         "cross-entropy": (step.cross_entropy, beside.cross_entropy),
     }
     for check, (ours, theirs) in ratios.items():
@@ -177,7 +178,7 @@ def auxiliary(step: Step, run: RunConfig) -> float:
     ):
         return 0.0
     router_z = balance.router_z_loss_weight * step.router_z * len(run.model.sparse_layers)
-    return step.total - step.cross_entropy - router_z
+    return step.total - step.cross_entropy - router_z - run.train.prediction_loss_weight * step.further
 
 
 def _relative(ours: float, theirs: float) -> float:

@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from moe.checkpoint.identity import counts_by_micro_batch
 from moe.config import ParallelConfig, RunConfig, TrainConfig, check_world
 from moe.config.base import Section
+from moe.config.numbers import divisors
 from moe.config.sequence import sequence_sizes
-from moe.config.shape import divisors
 from moe.engine.ds_config import ONLY_UNDER
 from moe.errors import ConfigError
 

@@ -117,6 +117,7 @@ def _step(engine: Engine, result: StepResult, number: int) -> Step:
         cross_entropy=float(result.cross_entropy),
         load_balancing=float(result.load_balancing),
         router_z=float(result.router_z),
+        further=float(result.further),
         gradient_norm=norms[0],
         gradient_norms=tuple(norms),
         unequal=_unequal(engine),

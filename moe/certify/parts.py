@@ -9,6 +9,7 @@ from moe.certify.seen import State
 from moe.config import OptimizerConfig
 
 FAMILIES = {
+    "prediction modules": (".predictions.",),
     "router": (".router.",),
     "experts": (".experts.",),
     "shared expert": (".shared_expert.", ".shared_expert_gate."),

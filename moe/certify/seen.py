@@ -39,6 +39,8 @@ class Step:
     cross_entropy: float
     load_balancing: float
     router_z: float
+    further: float
+    """Of prediction modules."""
     gradient_norm: float
     """As the first rank reports it."""
     gradient_norms: tuple[float, ...]

@@ -9,6 +9,7 @@ from moe.config.shape import shape_faults
 STEPS = 5
 """Optimizer steps that are compared."""
 WIDTH, LENGTH, VOCABULARY, DENSE, EXPERT, SHARED, LATENT = 32, 32, 128, 40, 24, 20, 16
+WINDOW = 10
 EXPERTS, GROUPS, CHOICES, LAYERS, SEQUENCES = 8, 4, 3, 2, 8
 
 
@@ -30,9 +31,8 @@ def shrink(run: RunConfig, world_size: int) -> RunConfig:
 
 def _model(model: ModelConfig, world_size: int) -> dict[str, Any]:
     page = model.model_dump()
-    sparse = len(model.sparse_layers)
-    dense = model.num_layers - sparse
-    page["num_layers"] = min(dense, LAYERS if model.moe is None else 1) + min(sparse, LAYERS)
+    page["num_layers"] = layers = _num_layers(model)
+    page["prediction_depth"] = min(model.prediction_depth, 1)
     page["vocab_size"] = min(model.vocab_size, VOCABULARY)
     page["hidden_size"] = WIDTH
     page["max_sequence_length"] = min(model.max_sequence_length, LENGTH)
@@ -40,14 +40,20 @@ def _model(model: ModelConfig, world_size: int) -> dict[str, Any]:
     page["init_std"] = min(model.init_std * math.sqrt(max(1.0, model.hidden_size / WIDTH)), 0.2)
     if model.intermediate_size is not None:
         page["intermediate_size"] = DENSE
-    page["attention"] |= _attention(model)
+    page["attention"] |= _attention(model, layers)
     if model.moe is not None:
         page["moe"] |= _experts(page, model.moe, world_size)
     return page
 
 
-def _attention(model: ModelConfig) -> dict[str, Any]:
-    """As many query heads to a key head as there were, as near as four heads allow."""
+def _num_layers(model: ModelConfig) -> int:
+    sparse = len(model.sparse_layers) - (model.prediction_depth if model.moe else 0)
+    dense = model.num_layers - sparse
+    return min(dense, LAYERS if model.moe is None else 1) + min(sparse, LAYERS)
+
+
+def _attention(model: ModelConfig, layers: int) -> dict[str, Any]:
+    """As many query heads to a key head as there were, as near as four heads allow; windows and latents scaled too."""
     attention = model.attention
     heads = 2 ** min(2, attention.num_heads.bit_length() - 1)
     kv_heads = attention.num_kv_heads
@@ -57,13 +63,36 @@ def _attention(model: ModelConfig) -> dict[str, Any]:
     if head_dim is not None:
         even = head_dim * attention.num_heads == model.hidden_size
         head_dim = WIDTH // heads if even else WIDTH // heads + 4
-    return {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    page: dict[str, Any] = {"num_heads": heads, "num_kv_heads": kv_heads, "head_dim": head_dim}
+    width = head_dim or WIDTH // heads
+    if attention.latent is not None:
+        latent = attention.latent
+        rank = None if latent.query_rank is None else LATENT
+        page["latent"] = latent.model_dump() | {
+            "kv_rank": LATENT,
+            "query_rank": rank,
+            "nope_head_dim": 8,
+            "rope_head_dim": 8,
+            "value_head_dim": 12,
+        }
+        width = 8
+    if attention.rope_fraction < 1:
+        page["rope_fraction"] = (2 * math.ceil(width / 4)) / width  # half of it, an even number
+        if page["rope_fraction"] >= 1:
+            page["rope_fraction"] = 2 / width
+    if attention.sliding_window is not None:
+        page["sliding_window"] = WINDOW
+    if attention.window_layers is not None:
+        # Some of few, as some of many.
+        page["window_layers"] = tuple(range(0, layers, 2))
+    return page
 
 
 def _experts(page: dict[str, Any], moe: MoEConfig, world_size: int) -> dict[str, Any]:
     sizes: dict[str, Any] = {
         "expert_intermediate_size": min(moe.expert_intermediate_size, EXPERT),
         "first_k_dense": min(moe.first_k_dense, 1),
+        "dense_layers": (0,) if moe.dense_layers and not moe.first_k_dense else (),
         "top_k": min(moe.top_k, CHOICES),
     }
     if moe.shared_expert_intermediate_size is not None:

@@ -6,7 +6,6 @@ open. Here only the header is kept, and a tensor costs its own bytes. (https://h
 
 import json
 import struct
-from math import prod
 from pathlib import Path
 
 import torch
@@ -14,35 +13,62 @@ from torch import Tensor
 
 from moe.errors import CheckpointError
 
-_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
-"""What checkpoints hold: ours float32 and int64, other folders halves too."""
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "I64": torch.int64,
+}
+"""What is read: checkpoints hold F32 and I64 alone."""
+_LONGEST_HEADER = 10**8
 
 
 class TensorFile:
-    """One file of a checkpoint; open only while a tensor is read."""
+    """One file; open only while a tensor is read. Raises `CheckpointError` if it is not what it should be."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        with path.open("rb") as file:
-            (length,) = struct.unpack("<Q", file.read(8))
-            self._entries = json.loads(file.read(length))
-        self._entries.pop("__metadata__", None)
-        self._data = 8 + length
+        try:
+            with path.open("rb") as file:
+                (length,) = struct.unpack("<Q", file.read(8))
+                if length > _LONGEST_HEADER:
+                    raise ValueError(f"a header of {length} bytes")
+                self._entries = json.loads(file.read(length))
+            self._entries.pop("__metadata__", None)
+            self._data = 8 + length
+            end = self._data + max((entry["data_offsets"][1] for entry in self._entries.values()), default=0)
+            if path.stat().st_size != end:
+                raise ValueError(f"{path.stat().st_size} bytes where {end} were written")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, struct.error) as error:
+            raise CheckpointError(
+                f"{path} is no whole safetensors file ({error}). Fetch or write it again."
+            ) from None
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of every tensor, by key."""
+        """Keys, in the order of the file's header, and their tensors' shapes."""
         return {key: tuple(entry["shape"]) for key, entry in self._entries.items()}
-
-    def dtype(self, key: str) -> torch.dtype | None:
-        """None: one that cannot be read here."""
-        return _DTYPES.get(self._entries[key]["dtype"])
 
     def read(self, key: str) -> Tensor:
         """A tensor in memory of its own. Raises `CheckpointError` if the file cannot be read any more."""
         entry = self._entries[key]
-        start, end = entry["data_offsets"]
-        dtype = _DTYPES[entry["dtype"]]
-        assert end - start == prod(entry["shape"]) * dtype.itemsize
+        return self._bytes(key, *entry["data_offsets"]).view(entry["shape"])
+
+    def read_rows(self, key: str, first: int, end: int) -> Tensor:
+        """Entries `first` to `end` of a tensor's first dimension, read alone; raises `CheckpointError` so too."""
+        entry = self._entries[key]
+        start, last = entry["data_offsets"]
+        rows, *rest = entry["shape"]
+        each = (last - start) // rows
+        return self._bytes(key, start + first * each, start + end * each).view(end - first, *rest)
+
+    def _bytes(self, key: str, start: int, end: int) -> Tensor:
+        entry = self._entries[key]
+        if entry["dtype"] not in _DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {key} is of type {entry['dtype']}: weights are read as {', '.join(_DTYPES)}. Convert "
+                f"them first."
+            )
         raw = torch.empty(end - start, dtype=torch.uint8)
         try:
             with self.path.open("rb") as file:
@@ -53,4 +79,4 @@ class TensorFile:
             raise CheckpointError(
                 f"{self.path} cannot be read ({error}). Mend that, and try again."
             ) from None
-        return raw.view(dtype).view(entry["shape"])
+        return raw.view(_DTYPES[entry["dtype"]])

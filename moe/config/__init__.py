@@ -1,9 +1,10 @@
 """Every knob of a run: typed, strict, frozen."""
 
+from moe.config.attention import AttentionConfig
 from moe.config.base import Section
 from moe.config.cautions import cautions
 from moe.config.guard import GuardConfig
-from moe.config.model import AttentionConfig, ModelConfig, MoEConfig
+from moe.config.model import ModelConfig, MoEConfig
 from moe.config.rules import check_data, check_world
 from moe.config.run import (
     BalanceConfig,

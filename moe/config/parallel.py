@@ -1,7 +1,7 @@
 """What the layout of a recipe must agree on with its model, precision and optimizer."""
 
+from moe.config.numbers import choice, divisors
 from moe.config.run import RunConfig
-from moe.config.shape import choice, divisors
 
 
 def parallel_faults(run: RunConfig) -> list[str]:

@@ -5,10 +5,11 @@ from typing import Protocol
 
 from moe.config.base import refuse
 from moe.config.guard import guard_faults
+from moe.config.numbers import choice, divisors
 from moe.config.parallel import parallel_faults
-from moe.config.run import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig
+from moe.config.run import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
 from moe.config.sequence import sequence_faults, sequence_sizes
-from moe.config.shape import choice, divisors, shape_faults
+from moe.config.shape import shape_faults
 
 
 def check(run: RunConfig) -> None:
@@ -27,6 +28,7 @@ def check(run: RunConfig) -> None:
             ),
             *_batch(run),
             *_recomputation(run),
+            *_prediction(run),
             *parallel_faults(run),
             *sequence_faults(run),
             *_balance(run),
@@ -40,6 +42,21 @@ def _recomputation(run: RunConfig) -> list[str]:
         return [
             "train.activation_recomputation is experts, but the model is dense, so it has no effect. Use none or "
             "block, or set model.moe."
+        ]
+    return []
+
+
+def _prediction(run: RunConfig) -> list[str]:
+    depth, weight = run.model.prediction_depth, run.train.prediction_loss_weight
+    if not depth and weight != TrainConfig.model_fields["prediction_loss_weight"].default:
+        return [
+            f"train.prediction_loss_weight is {weight}, but model.prediction_depth is 0, so it has no effect. Remove "
+            f"it, or set model.prediction_depth."
+        ]
+    if depth and not weight:
+        return [
+            f"train.prediction_loss_weight is 0, but model.prediction_depth is {depth}: its modules would learn "
+            f"nothing. Set a weight, or model.prediction_depth=0."
         ]
     return []
 

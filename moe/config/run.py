@@ -74,6 +74,8 @@ class TrainConfig(Section):
     """bf16 keeps float32 master weights; fp32 computes in float32."""
     activation_recomputation: Literal["none", "experts", "block"] = "none"
     """What backward computes again: the experts' pre-activations (arXiv:2512.14080), or all but a layer's input."""
+    prediction_loss_weight: NonNegativeFloat = 0.3
+    """Weight of the mean loss of the prediction modules (arXiv:2412.19437, section 2.2; there 0.3, later 0.1)."""
     evaluate_every: Size | None = None
     """Steps between evaluations on the validation split; null: none during training."""
     optimizer: OptimizerConfig

@@ -2,8 +2,8 @@
 
 import math
 
+from moe.config.numbers import choice, divisors
 from moe.config.run import RunConfig
-from moe.config.shape import choice, divisors
 
 
 def sequence_faults(run: RunConfig) -> list[str]:
@@ -45,6 +45,12 @@ def _parts(run: RunConfig, size: int) -> list[str]:
 def _routing(run: RunConfig, size: int) -> list[str]:
     """What decides among the tokens of a rank would decide otherwise for parts of sequences."""
     moe, faults = run.model.moe, []
+    if run.model.prediction_depth:
+        faults.append(
+            f"model.prediction_depth is {run.model.prediction_depth}, but parallel.sequence_parallel_size is {size}: "
+            f"prediction modules need the tokens that follow, and other ranks have some of them. Use "
+            f"parallel.sequence_parallel_size=1, or model.prediction_depth=0."
+        )
     if run.balance.capacity_factor is not None:
         faults.append(
             f"balance.capacity_factor is {run.balance.capacity_factor}, but parallel.sequence_parallel_size is "

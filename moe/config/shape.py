@@ -1,52 +1,19 @@
 """What the settings of a model must agree on."""
 
-import math
-
+from moe.config.heads import attention_faults
 from moe.config.model import ModelConfig, MoEConfig
+from moe.config.numbers import choice, divisors
 
 
 def shape_faults(model: ModelConfig) -> list[str]:
     """Every contradiction inside the model, a line each."""
-    return [*_attention(model), *_layers(model), *_experts(model)]
-
-
-def divisors(number: int) -> list[int]:
-    """All divisors, ascending."""
-    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
-    return small + [number // n for n in reversed(small) if n * n != number]
-
-
-def choice(numbers: list[int]) -> str:
-    """The numbers that would do, as a person reads them."""
-    if len(numbers) == 1:
-        return str(numbers[0])
-    shown = numbers if len(numbers) <= 16 else [*numbers[:8], "...", *numbers[-4:]]
-    return f"one of {', '.join(map(str, shown))}"
-
-
-def _attention(model: ModelConfig) -> list[str]:
-    attention, faults = model.attention, []
-    if attention.head_dim is None and model.hidden_size % attention.num_heads:
-        faults.append(
-            f"model.hidden_size is {model.hidden_size}, but model.attention.num_heads is {attention.num_heads}: "
-            f"without head_dim, heads must divide the width. Use {choice(divisors(model.hidden_size))} heads, "
-            f"or set model.attention.head_dim."
-        )
-    if attention.num_heads % model.num_kv_heads:
-        faults.append(
-            f"model.attention.num_kv_heads is {model.num_kv_heads}, but num_heads is {attention.num_heads}: "
-            f"each key head must serve as many query heads. Use {choice(divisors(attention.num_heads))}."
-        )
-    if model.head_dim % 2:
-        faults.append(
-            f"model.attention.head_dim is {model.head_dim}: rotary embedding turns pairs, so it must be even. "
-            f"Use {model.head_dim + 1}, or another width."
-        )
-    return faults
+    return [*attention_faults(model), *_layers(model), *_experts(model)]
 
 
 def _layers(model: ModelConfig) -> list[str]:
-    dense = model.num_layers - len(model.sparse_layers)
+    dense, faults = model.num_blocks - len(model.sparse_layers), _named_layers(model)
+    if faults:
+        return faults
     if dense and model.intermediate_size is None:
         return [
             f"model.intermediate_size is not set, but {dense} of {model.num_layers} layers are dense: they need "
@@ -58,6 +25,32 @@ def _layers(model: ModelConfig) -> list[str]:
             f"effect. Remove it, or set model.moe.first_k_dense."
         ]
     return []
+
+
+def _named_layers(model: ModelConfig) -> list[str]:
+    """Lists of layers: each is there, and once."""
+    faults = []
+    if model.tie_embeddings and model.head_bias:
+        faults.append(
+            "model.head_bias is true, but model.tie_embeddings is true: an embedding has no bias to tie. Set one of "
+            "them to false."
+        )
+    for path, layers in (
+        ("attention.window_layers", model.attention.window_layers or ()),
+        ("moe.dense_layers", model.moe.dense_layers if model.moe else ()),
+    ):
+        wrong = [n for n in layers if n >= model.num_layers or layers.count(n) > 1]
+        if wrong:
+            faults.append(
+                f"model.{path} has {wrong[0]}: a layer is a number from 0 to {model.num_layers - 1}, and is named "
+                f"once. Remove it."
+            )
+    if model.moe is not None and (low := [n for n in model.moe.dense_layers if n < model.moe.first_k_dense]):
+        faults.append(
+            f"model.moe.dense_layers has {low[0]}, but model.moe.first_k_dense is {model.moe.first_k_dense}: that "
+            f"layer is dense already. Remove it."
+        )
+    return faults
 
 
 def _experts(model: ModelConfig) -> list[str]:
@@ -79,12 +72,18 @@ def _experts(model: ModelConfig) -> list[str]:
             f"model.moe.first_k_dense is {moe.first_k_dense}, but model.num_layers is {model.num_layers}: no "
             f"layer would be sparse. Use {model.num_layers - 1} or less, or remove model.moe."
         )
+    elif len(model.sparse_layers) == model.prediction_depth:
+        faults.append(
+            f"model.moe.dense_layers names all {model.num_layers} layers: none would be sparse. Name fewer, or remove "
+            f"model.moe."
+        )
     if moe.latent_size is not None and moe.latent_size >= model.hidden_size:
         faults.append(
             f"model.moe.latent_size is {moe.latent_size}, but model.hidden_size is {model.hidden_size}: the latent "
             f"width saves work only where it is smaller. Use less than {model.hidden_size}, or remove it."
         )
     faults += _groups(moe) or _router_choice(moe)
+    faults += _forms(moe)
     if moe.shared_expert_gate and moe.shared_expert_intermediate_size is None:
         faults.append(
             "model.moe.shared_expert_gate is true, but there is no shared expert, so it has no effect. Set "
@@ -148,5 +147,33 @@ def _router_choice(moe: MoEConfig) -> list[str]:
             "model.moe.normalize_top_k is true, but model.moe.router_choice is expert: a token that only one expert "
             "takes would always weigh 1, and the router would learn nothing from it. Set "
             "model.moe.normalize_top_k=false."
+        )
+    return faults
+
+
+def _forms(moe: MoEConfig) -> list[str]:
+    """What belongs to one form of activation or score has no effect with another."""
+    faults = []
+    if (
+        moe.expert_activation == "swiglu"
+        and moe.activation_alpha != MoEConfig.model_fields["activation_alpha"].default
+    ):
+        faults.append(
+            f"model.moe.activation_alpha is {moe.activation_alpha}, but model.moe.expert_activation is swiglu, which "
+            f"has none, so it has no effect. Remove it, or use expert_activation gpt_oss."
+        )
+    mixer = moe.router_score == "sparsemixer"
+    if mixer != (moe.sparsemixer_margin is not None):
+        faults.append(
+            f"model.moe.router_score is {moe.router_score} and model.moe.sparsemixer_margin is "
+            f"{moe.sparsemixer_margin}: they belong together. Set both, or remove sparsemixer_margin."
+        )
+    if mixer and (
+        moe.router_choice != "token" or not moe.normalize_top_k or moe.selection_bias or moe.num_expert_groups
+    ):
+        faults.append(
+            "model.moe.router_score is sparsemixer: it takes the best experts in turn and normalises each among those "
+            "left, whatever else steers a choice. Use router_choice token, normalize_top_k true, and neither "
+            "selection_bias nor num_expert_groups."
         )
     return faults

@@ -71,7 +71,8 @@ def _fill_and_shard(model: Transformer, run: RunConfig, ranks: Ranks, weights: W
     dtype = torch.bfloat16 if run.train.precision == "bf16" else torch.float32
     made: dict[nn.Parameter, nn.Parameter] = {}
     layers = [(f"layers.{index}", layer) for index, layer in enumerate(model.layers)]
-    parts = [("embed", model.embed), *layers, ("norm", model.norm), ("head", model.head)]
+    further = [(f"predictions.{index}", module) for index, module in enumerate(model.predictions)]
+    parts = [("embed", model.embed), *layers, ("norm", model.norm), *further, ("head", model.head)]
     for name, part in parts:
         materialize(part, ranks.device, torch.float32, made)
         _fill(part, name, run, weights)

@@ -96,14 +96,21 @@ class Engine:
         rate = optim.learning_rate(self.run.train, step)
         for group in self.wrapped.optimizer.param_groups:
             group["lr"] = rate
-        sums = torch.zeros(4, dtype=torch.float64, device=self.ranks.device)
+        sums = torch.zeros(5, dtype=torch.float64, device=self.ranks.device)
         load, norm, sample, reduced = None, None, None, None
         guard = guard or Guard()
         for batch, jitter in zip(batches, jitters, strict=True):
             output = self.wrapped(batch.input_ids_BS, batch.labels_BS, batch.mask_BS, jitter)
             here = self._losses(output, batch, totals)
             self.wrapped.backward(here.total * (self.ranks.world_size * len(batches)))
-            sums += torch.stack([here.cross_entropy, here.load_balancing, here.router_z, here.total.detach()])
+            parts = (
+                here.cross_entropy,
+                here.load_balancing,
+                here.router_z,
+                here.further,
+                here.total.detach(),
+            )
+            sums += torch.stack(parts)
             load_here = loss.local_load(output)
             load = load_here if load is None or load_here is None else load + load_here
             if observe and output.records:
@@ -132,11 +139,12 @@ class Engine:
             found = health.summarize(sample, totals.num_tokens, self.model.selection_biases())
         if load is not None and not fault:
             self._move_biases(load[:, :-1])
-        cross_entropy, load_balancing, router_z, total = terms.unbind()
+        cross_entropy, load_balancing, router_z, further, total = terms.unbind()
         return StepResult(
             cross_entropy=cross_entropy,
             load_balancing=load_balancing,
             router_z=router_z,
+            further=further,
             total=total,
             gradient_norm=norm,
             learning_rate=rate,
@@ -200,7 +208,14 @@ class Engine:
             load = loss.local_load(output)
             assert load is not None
             totals = replace(totals, counts_LE=self.ranks.sum(load[:, :-1].contiguous()))
-        return loss.losses(output, batch.mask_BS, totals, self.run.balance, self._choices(output, batch))
+        return loss.losses(
+            output,
+            batch.mask_BS,
+            totals,
+            self.run.balance,
+            self._choices(output, batch),
+            self.run.train.prediction_loss_weight,
+        )
 
     def _choices(self, output: ModelOutput, batch: Batch) -> Tensor | None:
         """Of whole sequences, for losses that count within them; None: they are whole here, or nothing counts."""

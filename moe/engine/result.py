@@ -21,6 +21,8 @@ class StepResult:
     """Mean over sparse layers, unweighted, of the loss with the widest scope in use; 1 is balance."""
     router_z: Tensor
     """Mean over sparse layers."""
+    further: Tensor
+    """Nats per token of the prediction modules, the mean over modules; 0 without them."""
     total: Tensor
     """What was differentiated."""
     gradient_norm: Tensor

@@ -141,8 +141,8 @@ class TurnoutForCausalLM(PreTrainedModel, GenerationMixin):
         """Refused: the vocabulary is part of the model section."""
         raise ConfigError(
             f"the model has {self.config.vocab_size} rows for tokens, and a model of turnout keeps them. Use a "
-            f"tokenizer of that many tokens or fewer, or resize the stock architecture (`turnout export`) and import it "
-            f"again."
+            f"tokenizer of that many tokens or fewer, or resize the stock architecture (`turnout export`) and import "
+            f"it again."
         )
 
     def initialize_weights(self) -> None:

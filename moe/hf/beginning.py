@@ -13,7 +13,7 @@ from moe.hf.source import open_weights, tokenizer_folder
 if TYPE_CHECKING:
     from moe.model.source import Weights
 
-FREE = ("init_std", "max_sequence_length")
+FREE = ("init_std", "max_sequence_length", "architecture")
 """Switches of the model that neither shape nor function of given weights hangs on."""
 
 

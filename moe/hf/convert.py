@@ -1,14 +1,14 @@
 """A model and its family's row -> the disk tensors that each logical tensor becomes, one after another."""
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from math import isfinite, prod
 from typing import TYPE_CHECKING
 
 from moe.config import ModelConfig
 from moe.errors import ExportError
-from moe.hf.families import Family, Name, sizes
+from moe.hf.family import Family, Name, meets, sizes
 
 if TYPE_CHECKING:
     import torch
@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Move:
     """One logical tensor and the disk tensors that its rows become, in order.
 
-    An expert tensor `[E, rows, columns]` gives E x blocks of rows, expert by expert; any other gives itself.
+    It is read in pieces: the experts of a stacked one, or all of it. A piece becomes `blocks` disk tensors of its own,
+    or a part of one that it shares with the other pieces (`packed`) or with other tensors (`part`).
     """
 
     ours: str
@@ -31,6 +32,18 @@ class Move:
     """The shape of each of `disk`; they are equal."""
     stacked: bool
     """Whether it is read expert by expert."""
+    packed: bool = False
+    """Whether one disk tensor holds all pieces."""
+    order: tuple[int, ...] | None = None
+    """Which row of a piece on disk each of our rows is; None: the same."""
+    transposed: bool = False
+    """Whether a piece on disk has rows as columns."""
+    part: tuple[int, int] = (0, 1)
+    """Which of how many equal blocks of the disk tensor's rows it is."""
+    wide: bool = False
+    """Whether it is float32 on disk whatever the weights are."""
+    copy: bool = False
+    """Whether it is a second home, which a folder may have or not."""
 
     @property
     def numel(self) -> int:
@@ -45,28 +58,62 @@ class Move:
     def piece_shape(self) -> tuple[int, ...]:
         return self.shape[1:] if self.stacked else self.shape
 
-    def split(self, number: int, piece: "torch.Tensor") -> Iterator[tuple[str, "torch.Tensor"]]:
-        """Piece `number` of ours -> disk names and views of their rows."""
-        each = len(self.disk) // self.num_pieces
-        names = self.disk[number * each : (number + 1) * each]
-        yield from zip(names, piece.reshape(each, *self.disk_shape).unbind(0), strict=True)
+    @property
+    def disk_numel(self) -> int:
+        """Elements that are its own on disk."""
+        return 0 if self.part[0] else len(self.disk) * prod(self.disk_shape)
 
-    def join(self, parts: list["torch.Tensor"]) -> "torch.Tensor":
-        """The undoing of `split`: the tensors of `disk`, in order -> ours."""
+    def keys(self, number: int) -> tuple[str, ...]:
+        """The disk tensors with piece `number`."""
+        if self.packed:
+            return self.disk
+        each = len(self.disk) // self.num_pieces
+        return self.disk[number * each : (number + 1) * each]
+
+    def to_disk(self, piece: "torch.Tensor") -> "torch.Tensor":
+        """A piece of ours with its rows and columns as they are on disk; a view where nothing moves."""
+        if self.order is not None:
+            moved = piece.new_empty(piece.shape)
+            moved[list(self.order)] = piece
+            piece = moved
+        return piece.t() if self.transposed else piece
+
+    def from_disk(self, piece: "torch.Tensor") -> "torch.Tensor":
+        """The undoing of `to_disk`."""
+        if self.transposed:
+            piece = piece.reshape(self.piece_shape[::-1]).t()
+        piece = piece.reshape(self.piece_shape)
+        return piece if self.order is None else piece[list(self.order)]
+
+    def split(self, number: int, piece: "torch.Tensor") -> Iterator[tuple[str, "torch.Tensor"]]:
+        """Piece `number` of ours, which has disk tensors of its own -> their names and rows."""
+        names = self.keys(number)
+        yield from zip(
+            names, self.to_disk(piece).reshape(len(names), *self.disk_shape).unbind(0), strict=True
+        )
+
+    def join(self, parts: Sequence["torch.Tensor"]) -> "torch.Tensor":
+        """The disk tensors of a piece, in order, whole or cut to what is the piece's -> the piece."""
         import torch
 
-        return torch.stack(parts).reshape(self.shape)
+        return self.from_disk(parts[0] if len(parts) == 1 else torch.cat([part.flatten() for part in parts]))
 
 
 def moves(family: Family, model: ModelConfig) -> list[Move]:
     """Every logical tensor of the model, layer by layer; raises `ExportError` if a name comes twice."""
-    whole = [name for name in family.names if name.layers == "none"]
-    layered = [name for name in family.names if name.layers != "none"]
-    found = [_move(name, model, 0) for name in whole if not (name.only_untied and model.tie_embeddings)]
-    for layer in range(model.num_layers):
+    here = [name for name in family.names if all(meets(model, *pair) for pair in name.when.items())]
+    found = [_move(name, model, {}) for name in here if name.layers == "none"]
+    for layer in range(model.num_blocks):
         kind = "sparse" if layer in model.sparse_layers else "dense"
-        found += [_move(name, model, layer) for name in layered if name.layers in ("all", kind)]
-    for names in ([move.ours for move in found], [key for move in found for key in move.disk]):
+        depth = layer - model.num_layers
+        for name in here:
+            if name.layers in ("all", kind) or (name.layers == "prediction" and depth >= 0):
+                found.append(_move(name, model, {"layer": layer, "depth": depth}))
+    own = [move for move in found if not move.copy]
+    for names in (
+        [move.ours for move in own],
+        [key for move in own if not move.part[0] for key in move.disk],
+    ):
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
             raise ExportError(f"{family.model_type} names {_few(twice)} more than once: mend its row.")
@@ -91,34 +138,77 @@ def check_names(plan: list[Move], names: Collection[str]) -> None:
 def disk_tensors(plan: list[Move], read: "Read") -> Iterator[tuple[str, "torch.Tensor"]]:
     """Disk names and float32 tensors in the order of the plan, reading each piece of a logical tensor once.
 
-    The tensors are views of the piece just read; nothing else is held. Raises `ExportError`: another shape than the
-    recipe's, or values that are not finite.
+    The tensors are views of the piece just read, and nothing else is held, but for disk tensors that hold several
+    pieces. Raises `ExportError`: another shape than the recipe's, or values that are not finite.
     """
+    import torch
+
+    shared: list[torch.Tensor] = []
     for move in plan:
-        number = 0
-        for piece in read(move.ours):
-            if number == move.num_pieces or tuple(piece.shape) != move.piece_shape:
-                raise _misshapen(move, number + 1, tuple(piece.shape))
-            # Of all reductions this one needs no second tensor of that size, and it hands NaN on.
-            if not all(isfinite(extreme) for extreme in piece.aminmax()):
-                raise ExportError(
-                    f"{move.ours} holds values that are not finite: the run diverged. Export an earlier --step."
+        together: torch.Tensor | None = None
+        for number, piece in enumerate(_checked(move, read)):
+            if move.packed:
+                together = (
+                    piece.new_empty(move.num_pieces, prod(move.piece_shape)) if together is None else together
                 )
-            yield from move.split(number, piece)
-            number += 1
+                together[number] = move.to_disk(piece).flatten()
+            elif move.part[1] > 1:
+                shared.append(move.to_disk(piece))
+            else:
+                yield from move.split(number, piece)
             del piece  # else it would be held while the next is read
-        if number < move.num_pieces:
-            raise _misshapen(move, number, move.piece_shape)
+        if together is not None:
+            yield move.disk[0], together.view(move.disk_shape)
+        if len(shared) == move.part[1] > 1:
+            yield move.disk[0], torch.cat(shared).view(move.disk_shape)
+            shared = []
 
 
-def _move(name: Name, model: ModelConfig, layer: int) -> Move:
+def _checked(move: Move, read: "Read") -> Iterator["torch.Tensor"]:
+    number = 0
+    for piece in read(move.ours):
+        if number == move.num_pieces or tuple(piece.shape) != move.piece_shape:
+            raise _misshapen(move, number + 1, tuple(piece.shape))
+        # Of all reductions this one needs no second tensor of that size, and it hands NaN on.
+        if not all(isfinite(extreme) for extreme in piece.aminmax()):
+            raise ExportError(
+                f"{move.ours} holds values that are not finite: the run diverged. Export an earlier --step."
+            )
+        yield piece
+        number += 1
+        del piece
+    if number < move.num_pieces:
+        raise _misshapen(move, number, move.piece_shape)
+
+
+def _move(name: Name, model: ModelConfig, place: dict[str, int]) -> Move:
     size = sizes(model)
     shape = tuple(size[letter] for letter in name.shape)
     per_expert = "{expert}" in name.disk[0]
-    experts = range(shape[0] if per_expert else 1)
-    disk = tuple(key.format(layer=layer, expert=expert) for expert in experts for key in name.disk)
-    rows, *columns = shape[1:] if per_expert else shape
-    return Move(name.ours.format(layer=layer), shape, disk, (rows // len(name.disk), *columns), per_expert)
+    stacked = per_expert or (name.shape[0] == "E" and ".experts." in name.ours)
+    disk = tuple(
+        key.format(**place, expert=expert)
+        for expert in range(shape[0] if per_expert else 1)
+        for key in name.disk
+    )
+    piece = shape[1:] if stacked else shape
+    if name.transposed:
+        piece = piece[::-1]
+    rows, *columns = piece
+    each = (rows * name.part[1] // len(name.disk), *columns)
+    packed = stacked and not per_expert
+    if packed:
+        each = (shape[0], *piece)
+    if name.disk_shape is not None:
+        each = tuple(size[letter] for letter in name.disk_shape)
+    ours = name.ours.format(**place)
+    if place.get("depth", -1) >= 0 and name.layers != "prediction":
+        # The blocks of prediction modules have the names of layers that come after the last.
+        ours = ours.replace(f"layers.{place['layer']}.", f"predictions.{place['depth']}.block.", 1)
+    order = None if name.order is None else tuple(name.order(model))
+    return Move(
+        ours, shape, disk, each, stacked, packed, order, name.transposed, name.part, name.wide, name.copy
+    )
 
 
 def _misshapen(move: Move, pieces: int, shape: tuple[int, ...]) -> ExportError:

@@ -1,264 +1,593 @@
 """The one table of stock architectures: our switches, settings and names, and theirs on disk.
 
-Rows say what, never how: the same row reads from ours to theirs and from theirs to ours. Nothing is transposed
-anywhere. The names are those of the per-expert files that every version of `transformers`, vLLM, SGLang and
-llama.cpp reads; the fused names that `transformers` 5 uses in memory never reach a disk.
+Rows say what, never how: the same row reads from ours to theirs and from theirs to ours. The names are those of the
+files that every version of `transformers`, vLLM, SGLang and llama.cpp reads; where those are per expert, the fused
+names that `transformers` 5 uses in memory never reach a disk.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import reduce
-from typing import Any, Literal
 
-from moe.config import ModelConfig
-
-
-@dataclass(frozen=True)
-class Name:
-    """A logical tensor of ours and the disk tensors that hold its rows.
-
-    `{layer}` runs over `layers`, `{expert}` over dimension 0 of ours; several disk names are equal blocks of the
-    rows of one matrix, in order (gate above up).
-    """
-
-    ours: str
-    disk: tuple[str, ...]
-    shape: tuple[str, ...]
-    """Dimensions of ours, in the letters of `sizes`."""
-    layers: Literal["none", "all", "dense", "sparse"] = "all"
-    only_untied: bool = False
-
-
-@dataclass(frozen=True)
-class Family:
-    """A stock architecture: what it needs of a model, and how it spells it."""
-
-    model_type: str
-    architecture: str
-    needs: Mapping[str, object]
-    """Path in our model section -> the value that this architecture has built in; `SET` for any but null."""
-    names: tuple[Name, ...]
-    settings: Mapping[str, str]
-    """Key in config.json -> path in our model section."""
-    constants: Mapping[str, object]
-    """Keys in config.json whose value follows from the row alone."""
-    heads: Literal["any", "divide the width", "fill the width"] = "any"
-    """What stock code asks of heads: num_heads divides hidden_size, or head_dim is their quotient and no other."""
-
-
-SET = object()
-"""Any value but null."""
-
-
-def sizes(model: ModelConfig) -> dict[str, int]:
-    """Dimension letters -> sizes; letters of absent parts are left out."""
-    found = {
-        "V": model.vocab_size,
-        "D": model.hidden_size,
-        "Q": model.attention.num_heads * model.head_dim,
-        "K": model.num_kv_heads * model.head_dim,
-        "h": model.head_dim,
-        "1": 1,
-    }
-    if model.intermediate_size is not None:
-        found["I"] = model.intermediate_size
-    if model.moe is not None:
-        found |= {
-            "E": model.moe.num_experts,
-            "F": model.moe.expert_intermediate_size,
-            "2F": 2 * model.moe.expert_intermediate_size,
-        }
-        if model.moe.shared_expert_intermediate_size is not None:
-            found["S"] = model.moe.shared_expert_intermediate_size
-    return found
-
-
-def setting(model: ModelConfig, path: str) -> Any:
-    """The value at a dotted path of the model section; None below an absent block."""
-    return reduce(lambda here, key: None if here is None else getattr(here, key), path.split("."), model)
-
-
-_LAYER = "model.layers.{layer}."
-
-
-def _linear(ours: str, disk: str, shape: str, layers: Literal["all", "dense", "sparse"] = "all") -> Name:
-    return Name(f"layers.{{layer}}.{ours}.weight", (f"{_LAYER}{disk}.weight",), tuple(shape.split()), layers)
-
-
-def _bias(ours: str, disk: str, shape: str) -> Name:
-    return Name(f"layers.{{layer}}.{ours}.bias", (f"{_LAYER}{disk}.bias",), (shape,))
-
-
-def _swiglu(ours: str, disk: str, width: str, layers: Literal["dense", "sparse"]) -> tuple[Name, ...]:
-    return (
-        _linear(f"{ours}.gate", f"{disk}.gate_proj", f"{width} D", layers),
-        _linear(f"{ours}.up", f"{disk}.up_proj", f"{width} D", layers),
-        _linear(f"{ours}.down", f"{disk}.down_proj", f"D {width}", layers),
-    )
-
-
-def _experts(block: str, gate: str, up: str, down: str) -> tuple[Name, ...]:
-    each = f"{_LAYER}{block}.experts.{{expert}}."
-    ours = "layers.{layer}.ffn.experts."
-    return (
-        _linear("ffn.router", f"{block}.gate", "E D", "sparse"),
-        Name(ours + "gate_up", (f"{each}{gate}.weight", f"{each}{up}.weight"), ("E", "2F", "D"), "sparse"),
-        Name(ours + "down", (f"{each}{down}.weight",), ("E", "D", "F"), "sparse"),
-    )
-
-
-_BODY = (
-    Name("embed.weight", ("model.embed_tokens.weight",), ("V", "D"), "none"),
-    Name("norm.weight", ("model.norm.weight",), ("D",), "none"),
-    Name("head.weight", ("lm_head.weight",), ("V", "D"), "none", only_untied=True),
-    _linear("attention_norm", "input_layernorm", "D"),
-    _linear("attention.query", "self_attn.q_proj", "Q D"),
-    _linear("attention.key", "self_attn.k_proj", "K D"),
-    _linear("attention.value", "self_attn.v_proj", "K D"),
-    _linear("attention.output", "self_attn.o_proj", "D Q"),
-    _linear("ffn_norm", "post_attention_layernorm", "D"),
+from moe.hf import names
+from moe.hf.family import SET, Family, Name
+from moe.hf.rope import rope
+from moe.hf.settings import (
+    ATTENTION_SCALE,
+    HUNYUAN_SHARED,
+    KV_HEADS,
+    MLP_ONLY,
+    MLP_TYPES,
+    MUP_EMBEDDING,
+    PREDICTION_DEPTH,
+    SPARSE_RANGE,
+    biases,
+    groups,
+    heads,
+    query_key_norm,
+    shared_experts,
 )
-_QK_NORM = (
-    _linear("attention.query_norm", "self_attn.q_norm", "h"),
-    _linear("attention.key_norm", "self_attn.k_norm", "h"),
-)
-_QKV_BIAS = (
-    _bias("attention.query", "self_attn.q_proj", "Q"),
-    _bias("attention.key", "self_attn.k_proj", "K"),
-    _bias("attention.value", "self_attn.v_proj", "K"),
-)
-_DENSE = _swiglu("ffn", "mlp", "I", "dense")
-_QWEN_EXPERTS = _experts("mlp", "gate_proj", "up_proj", "down_proj")
-_GATED_SHARED_EXPERT = (
-    *_swiglu("ffn.shared_expert", "mlp.shared_expert", "S", "sparse"),
-    _linear("ffn.shared_expert_gate", "mlp.shared_expert_gate", "1 D", "sparse"),
-)
+from moe.hf.windows import LAYER_WINDOWS, QWEN_MOE_WINDOW, QWEN_WINDOWS, UNIFORM_WINDOW
 
 _SETTINGS = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
     "num_hidden_layers": "num_layers",
     "num_attention_heads": "attention.num_heads",
-    "num_key_value_heads": "num_kv_heads",
-    "head_dim": "head_dim",
     "max_position_embeddings": "max_sequence_length",
     "rms_norm_eps": "norm_eps",
-    "rope_theta": "attention.rope_theta",
     "tie_word_embeddings": "tie_embeddings",
     "initializer_range": "init_std",
 }
-_DENSE_SETTINGS = {**_SETTINGS, "intermediate_size": "intermediate_size"}
-_SPARSE_SETTINGS = {**_SETTINGS, "num_experts": "moe.num_experts", "num_experts_per_tok": "moe.top_k"}
-_QWEN_MOE_SETTINGS = {
-    **_SPARSE_SETTINGS,
-    "intermediate_size": "intermediate_size",
-    "moe_intermediate_size": "moe.expert_intermediate_size",
-    "norm_topk_prob": "moe.normalize_top_k",
+_GROUPED = {
+    **_SETTINGS,
+    "num_key_value_heads": "attention.num_kv_heads",
+    "head_dim": "attention.head_dim",
 }
-
-_CONSTANTS: dict[str, object] = {"hidden_act": "silu", "attention_dropout": 0.0, "use_cache": True}
-_NO_WINDOW = {**_CONSTANTS, "use_sliding_window": False, "sliding_window": None}
-_ROUTED = {"decoder_sparse_step": 1, "output_router_logits": False}
-
-_PLAIN_EXPERTS: dict[str, object] = {
-    "moe.expert_activation": "swiglu",
-    "moe.activation_limit": None,
-    "moe.expert_bias": False,
-    "moe.latent_size": None,
+_DENSE = {"intermediate_size": "intermediate_size"}
+_TOP_K = {"num_experts_per_tok": "moe.top_k"}
+_NORMALIZE = {"norm_topk_prob": "moe.normalize_top_k"}
+_LOCAL = {"num_local_experts": "moe.num_experts", "num_experts": "moe.num_experts"}
+_NAMED = {"num_experts": "moe.num_experts", "num_local_experts": "moe.num_experts"}
+_ROUTED = {"n_routed_experts": "moe.num_experts"}
+_EXPERT_WIDTH = {"moe_intermediate_size": "moe.expert_intermediate_size"}
+_EXPERT_WIDTH_ALONE = {"intermediate_size": "moe.expert_intermediate_size"}
+_DEEPSEEK = {
+    **_DENSE,
+    **_EXPERT_WIDTH,
+    **_ROUTED,
+    **_TOP_K,
+    "routed_scaling_factor": "moe.route_scale",
+    "first_k_dense_replace": "moe.first_k_dense",
 }
-_SOFTMAX_CHOICE: dict[str, object] = {
-    **_PLAIN_EXPERTS,
-    "moe.router_choice": "token",
-    "moe.router_score": "softmax",
-    "moe.route_scale": 1.0,
-    "moe.num_expert_groups": None,
-    "moe.selection_bias": False,
+_MLA = {
+    **_SETTINGS,
+    "kv_lora_rank": "attention.latent.kv_rank",
+    "q_lora_rank": "attention.latent.query_rank",
+    "qk_nope_head_dim": "attention.latent.nope_head_dim",
+    "qk_rope_head_dim": "attention.latent.rope_head_dim",
+    "v_head_dim": "attention.latent.value_head_dim",
 }
+_CONSTANTS: Mapping[str, object] = {"hidden_act": "silu"}
+_LLAMA_CONSTANTS = {**_CONSTANTS, "mlp_bias": False}
 
-FAMILIES = (
-    Family(
-        model_type="qwen3_moe",
-        architecture="Qwen3MoeForCausalLM",
-        needs={
-            "moe": SET,
-            **_SOFTMAX_CHOICE,
-            "attention.qk_norm": True,
-            "attention.qkv_bias": False,
-            "moe.shared_expert_intermediate_size": None,
-        },
-        names=(*_BODY, *_QK_NORM, *_DENSE, *_QWEN_EXPERTS),
-        settings={**_QWEN_MOE_SETTINGS, "num_local_experts": "moe.num_experts"},
-        constants={**_NO_WINDOW, **_ROUTED, "attention_bias": False},
+_BODY = (*names.BODY, *names.attention_biases())
+_HEAD_NORMS = names.query_key_norms("head")
+_FULL_NORMS = names.query_key_norms("full")
+_SPARSE: Mapping[str, object] = {"moe": SET}
+_SIGMOID: Mapping[str, object] = {"moe": SET, "moe.router_score": "sigmoid", "moe.selection_bias": True}
+_CORRECTION = names.selection_bias("mlp.gate.e_score_correction_bias")
+_DEEPSEEK_FFN = (*names.DENSE, *names.experts("mlp"), *names.shared("mlp.shared_experts"))
+_LATENT = (*names.EMBEDDINGS, *names.PRE_NORMS, *names.LATENT_ATTENTION)
+_PACKED = (
+    names.linear("ffn.router", "block_sparse_moe.router.layer", "E D", "sparse"),
+    Name(
+        f"{names.OURS}ffn.experts.gate_up",
+        (f"{names.LAYER}block_sparse_moe.input_linear.weight",),
+        ("E", "2F", "D"),
+        "sparse",
     ),
-    Family(
-        model_type="mixtral",
-        architecture="MixtralForCausalLM",
-        needs={
-            "moe": SET,
-            **_SOFTMAX_CHOICE,
-            "attention.qk_norm": False,
-            "attention.qkv_bias": False,
-            "moe.normalize_top_k": True,
-            "moe.first_k_dense": 0,
-            "moe.shared_expert_intermediate_size": None,
-        },
-        names=(*_BODY, *_experts("block_sparse_moe", gate="w1", up="w3", down="w2")),
-        settings={
-            **_SPARSE_SETTINGS,
-            "num_local_experts": "moe.num_experts",
-            "intermediate_size": "moe.expert_intermediate_size",
-        },
-        constants={
-            **_CONSTANTS,
-            "sliding_window": None,
-            "output_router_logits": False,
-            "router_jitter_noise": 0.0,
-        },
-    ),
-    Family(
-        model_type="qwen2_moe",
-        architecture="Qwen2MoeForCausalLM",
-        needs={
-            "moe": SET,
-            **_SOFTMAX_CHOICE,
-            "attention.qk_norm": False,
-            "attention.qkv_bias": True,
-            "moe.shared_expert_intermediate_size": SET,
-            "moe.shared_expert_gate": True,
-        },
-        names=(*_BODY, *_QKV_BIAS, *_DENSE, *_QWEN_EXPERTS, *_GATED_SHARED_EXPERT),
-        settings={
-            **_QWEN_MOE_SETTINGS,
-            "shared_expert_intermediate_size": "moe.shared_expert_intermediate_size",
-            "max_window_layers": "num_layers",
-        },
-        constants={**_NO_WINDOW, **_ROUTED, "qkv_bias": True},
-        heads="fill the width",  # 4.x reads no head_dim here
-    ),
-    Family(
-        model_type="qwen3",
-        architecture="Qwen3ForCausalLM",
-        needs={"moe": None, "attention.qk_norm": True, "attention.qkv_bias": False},
-        names=(*_BODY, *_QK_NORM, *_DENSE),
-        settings={**_DENSE_SETTINGS, "max_window_layers": "num_layers"},
-        constants={**_NO_WINDOW, "attention_bias": False},
-    ),
-    Family(
-        model_type="llama",
-        architecture="LlamaForCausalLM",
-        needs={"moe": None, "attention.qk_norm": False, "attention.qkv_bias": False},
-        names=(*_BODY, *_DENSE),
-        settings=_DENSE_SETTINGS,
-        constants={**_CONSTANTS, "attention_bias": False, "mlp_bias": False, "pretraining_tp": 1},
-        heads="divide the width",  # 5.x refuses any other config
-    ),
-    Family(
-        model_type="qwen2",
-        architecture="Qwen2ForCausalLM",
-        needs={"moe": None, "attention.qk_norm": False, "attention.qkv_bias": True},
-        names=(*_BODY, *_QKV_BIAS, *_DENSE),
-        settings={**_DENSE_SETTINGS, "max_window_layers": "num_layers"},
-        constants=_NO_WINDOW,
+    Name(
+        f"{names.OURS}ffn.experts.down",
+        (f"{names.LAYER}block_sparse_moe.output_linear.weight",),
+        ("E", "D", "F"),
+        "sparse",
     ),
 )
-"""Every stock architecture we can write; a model fits one row at most."""
+_PACKED_SHARED = names.swiglu_packed(
+    "ffn.shared_expert", "shared_mlp.input_linear", "shared_mlp.output_linear"
+)
+_GPT_OSS_EXPERTS = (
+    names.linear("ffn.router", "mlp.router", "E D", "sparse"),
+    names.bias("ffn.router", "mlp.router", "E", "moe.router_bias", "sparse"),
+    *(
+        Name(
+            f"{names.OURS}ffn.experts.{ours}",
+            (f"{names.LAYER}mlp.experts.{disk}",),
+            shape,
+            "sparse",
+            order=names.gate_up_rows if ours.startswith("gate") else None,
+            transposed=len(shape) == 3,
+        )
+        for ours, disk, shape in (
+            ("gate_up", "gate_up_proj", ("E", "2F", "D")),
+            ("gate_up_bias", "gate_up_proj_bias", ("E", "2F")),
+            ("down", "down_proj", ("E", "D", "F")),
+            ("down_bias", "down_proj_bias", ("E", "D")),
+        )
+    ),
+    Name(f"{names.OURS}attention.sinks", (f"{names.LAYER}self_attn.sinks",), ("H",)),
+)
+_GRANITE_SETTINGS = {
+    **_GROUPED,
+    **_TOP_K,
+    **_LOCAL,
+    **_EXPERT_WIDTH_ALONE,
+    "embedding_multiplier": "embedding_multiplier",
+    "residual_multiplier": "residual_multiplier",
+    "logits_scaling": "logit_divisor",
+}
+
+DENSE_FAMILIES: tuple[Family, ...] = (
+    Family(
+        "llama",
+        "LlamaForCausalLM",
+        needs={},
+        names=(*_BODY, *names.DENSE),
+        settings={**_GROUPED, **_DENSE},
+        parts=(rope(), biases("attention_bias"), heads(divide=True)),
+        constants={**_LLAMA_CONSTANTS, "pretraining_tp": 1},
+    ),
+    Family(
+        "qwen2",
+        "Qwen2ForCausalLM",
+        needs={"attention.qkv_bias": True},
+        names=(*names.BODY, *names.attention_biases(output=False), *names.DENSE),
+        settings={**_GROUPED, **_DENSE},
+        parts=(rope(), QWEN_WINDOWS),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "qwen3",
+        "Qwen3ForCausalLM",
+        needs={"attention.qk_norm": "head"},
+        names=(*_BODY, *_HEAD_NORMS, *names.DENSE),
+        settings={**_GROUPED, **_DENSE},
+        parts=(rope(), biases("attention_bias"), QWEN_WINDOWS),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "olmo2",
+        "Olmo2ForCausalLM",
+        needs={"attention.qk_norm": "full", "norm_placement": "post"},
+        names=(
+            *names.EMBEDDINGS,
+            *names.POST_NORMS,
+            *names.attention(),
+            *names.attention_biases(),
+            *_FULL_NORMS,
+            *names.DENSE,
+        ),
+        settings={**_GROUPED, **_DENSE},
+        parts=(rope(), biases("attention_bias"), heads(fill=True)),
+        constants=_CONSTANTS,
+    ),
+)
+"""Dense architectures: sources of upcycling, and baselines."""
+
+SPARSE_FAMILIES: tuple[Family, ...] = (
+    Family(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        needs={**_SPARSE, "attention.qk_norm": "head"},
+        names=(*_BODY, *_HEAD_NORMS, *names.DENSE, *names.experts("mlp")),
+        settings={**_GROUPED, **_DENSE, **_EXPERT_WIDTH, **_NAMED, **_TOP_K, **_NORMALIZE},
+        parts=(rope(), biases("attention_bias"), QWEN_MOE_WINDOW, MLP_ONLY),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "mixtral",
+        "MixtralForCausalLM",
+        needs=_SPARSE,
+        names=(*names.BODY, *names.experts("block_sparse_moe", "w1", "w3", "w2")),
+        settings={**_GROUPED, **_LOCAL, **_TOP_K, **_EXPERT_WIDTH_ALONE},
+        parts=(rope(), UNIFORM_WINDOW),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "qwen2_moe",
+        "Qwen2MoeForCausalLM",
+        needs={**_SPARSE, "moe.shared_expert_gate": True, "moe.shared_expert_intermediate_size": SET},
+        names=(
+            *names.BODY,
+            *names.attention_biases(output=False),
+            *names.DENSE,
+            *names.experts("mlp"),
+            *names.shared("mlp.shared_expert", "mlp.shared_expert_gate"),
+        ),
+        settings={
+            **_GROUPED,
+            **_DENSE,
+            **_EXPERT_WIDTH,
+            **_NAMED,
+            **_TOP_K,
+            **_NORMALIZE,
+            "shared_expert_intermediate_size": "moe.shared_expert_intermediate_size",
+            "qkv_bias": "attention.qkv_bias",
+        },
+        parts=(rope(), QWEN_WINDOWS, MLP_ONLY, heads(fill=True)),  # 4.x reads no head_dim here
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "olmoe",
+        "OlmoeForCausalLM",
+        needs={**_SPARSE, "attention.qk_norm": "full"},
+        names=(*_BODY, *_FULL_NORMS, *names.experts("mlp")),
+        settings={
+            **_GROUPED,
+            **_NAMED,
+            **_TOP_K,
+            **_NORMALIZE,
+            **_EXPERT_WIDTH_ALONE,
+            "clip_qkv": "attention.clip_qkv",
+        },
+        parts=(rope(), biases("attention_bias"), heads(fill=True)),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "flex_olmo",
+        "FlexOlmoForCausalLM",
+        needs={**_SPARSE, "attention.qk_norm": "full", "norm_placement": "post"},
+        names=(
+            *names.EMBEDDINGS,
+            *names.POST_NORMS,
+            *names.attention(),
+            *names.attention_biases(),
+            *_FULL_NORMS,
+            *names.experts("mlp"),
+        ),
+        settings={**_GROUPED, **_NAMED, **_TOP_K, **_NORMALIZE, **_EXPERT_WIDTH_ALONE},
+        parts=(rope(), biases("attention_bias"), heads(fill=True)),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "phimoe",
+        "PhimoeForCausalLM",
+        needs={**_SPARSE, "norm": "layer", "moe.router_score": "sparsemixer", "moe.top_k": 2},
+        names=(
+            *_BODY,
+            Name("norm.bias", ("model.norm.bias",), ("D",), "none"),
+            Name("head.bias", ("lm_head.bias",), ("V",), "none", {"head_bias": True}),
+            *names.norm_biases(
+                ("attention_norm", "input_layernorm"), ("ffn_norm", "post_attention_layernorm")
+            ),
+            *names.experts("block_sparse_moe", "w1", "w3", "w2"),
+        ),
+        settings={
+            **_GROUPED,
+            **_LOCAL,
+            **_EXPERT_WIDTH_ALONE,
+            "num_experts_per_tok": "moe.top_k",
+            "router_jitter_noise": "moe.sparsemixer_margin",
+            "lm_head_bias": "head_bias",
+        },
+        parts=(rope(), biases("attention_bias"), UNIFORM_WINDOW, heads(fill=True)),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "granitemoe",
+        "GraniteMoeForCausalLM",
+        needs={**_SPARSE, "attention.scale": SET},
+        names=(*_BODY, *_PACKED),
+        settings=_GRANITE_SETTINGS,
+        parts=(rope(), biases("attention_bias"), ATTENTION_SCALE, heads(fill=True)),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "granitemoeshared",
+        "GraniteMoeSharedForCausalLM",
+        needs={**_SPARSE, "attention.scale": SET, "moe.shared_expert_intermediate_size": SET},
+        names=(*_BODY, *_PACKED, *_PACKED_SHARED),
+        settings={
+            **_GRANITE_SETTINGS,
+            "shared_intermediate_size": "moe.shared_expert_intermediate_size",
+        },
+        parts=(rope(), biases("attention_bias"), ATTENTION_SCALE, heads(fill=True)),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "gpt_oss",
+        "GptOssForCausalLM",
+        needs={
+            **_SPARSE,
+            "attention.sinks": True,
+            "moe.router_bias": True,
+            "moe.expert_bias": True,
+            "moe.expert_activation": "gpt_oss",
+            "moe.activation_limit": SET,
+        },
+        names=(*_BODY, *_GPT_OSS_EXPERTS),
+        settings={
+            **_GROUPED,
+            **_LOCAL,
+            **_TOP_K,
+            **_EXPERT_WIDTH_ALONE,
+            "swiglu_limit": "moe.activation_limit",
+            "swiglu_alpha": "moe.activation_alpha",
+        },
+        parts=(rope(), biases("attention_bias"), LAYER_WINDOWS),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "minimax_m2",
+        "MiniMaxM2ForCausalLM",
+        needs={**_SIGMOID, "attention.qk_norm": "full"},
+        names=(
+            *names.BODY,
+            *_FULL_NORMS,
+            *names.experts("block_sparse_moe", "w1", "w3", "w2"),
+            names.selection_bias("block_sparse_moe.e_score_correction_bias"),
+        ),
+        settings={**_GROUPED, **_LOCAL, **_TOP_K, **_EXPERT_WIDTH_ALONE},
+        parts=(rope(partial=True, rotary_dim=True),),
+        constants={**_CONSTANTS, "use_qk_norm": True, "scoring_func": "sigmoid", "use_routing_bias": True},
+    ),
+    Family(
+        "ernie4_5_moe",
+        "Ernie4_5_MoeForCausalLM",
+        needs={**_SPARSE, "moe.selection_bias": True},
+        names=(
+            *names.EMBEDDINGS,
+            *names.PRE_NORMS,
+            *names.attention(names.whole_head),
+            *_DEEPSEEK_FFN,
+            names.selection_bias("mlp.moe_statics.e_score_correction_bias", ("1", "E")),
+        ),
+        settings={
+            **_GROUPED,
+            **_DENSE,
+            **_EXPERT_WIDTH,
+            "moe_num_experts": "moe.num_experts",
+            "moe_k": "moe.top_k",
+        },
+        parts=(
+            rope(),
+            SPARSE_RANGE,
+            shared_experts("moe_num_shared_experts", "moe_intermediate_size"),
+            heads(fill=True),
+        ),
+        constants={**_CONSTANTS, "use_bias": False, "moe_norm_min": 1e-12},
+    ),
+    Family(
+        "hunyuan_v1_moe",
+        "HunYuanMoEV1ForCausalLM",
+        needs={
+            **_SPARSE,
+            "attention.qk_norm": "after_rotation",
+            "moe.shared_expert_intermediate_size": SET,
+        },
+        names=(
+            *_BODY,
+            *names.query_key_norms("after_rotation", "query_layernorm", "key_layernorm"),
+            *names.experts("mlp", router="gate.wg"),
+            *names.shared("mlp.shared_mlp"),
+        ),
+        settings={
+            **_GROUPED,
+            **_EXPERT_WIDTH_ALONE,
+            "num_experts": "moe.num_experts",
+            "moe_topk": "moe.top_k",
+        },
+        parts=(rope(), biases("attention_bias"), HUNYUAN_SHARED),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "deepseek_v2",
+        "DeepseekV2ForCausalLM",
+        needs={
+            **_SPARSE,
+            "attention.latent": SET,
+            "moe.normalize_top_k": False,
+            "moe.shared_expert_intermediate_size": SET,
+        },
+        names=(*_LATENT, *_DEEPSEEK_FFN),
+        settings={**_MLA, **_DEEPSEEK},
+        parts=(
+            rope(),
+            biases("attention_bias"),
+            groups(method=True),
+            shared_experts("n_shared_experts", "moe_intermediate_size", required=True),
+            KV_HEADS,
+        ),
+        constants={**_LLAMA_CONSTANTS, "pretraining_tp": 1, "scoring_func": "softmax"},
+    ),
+    Family(
+        "deepseek_v3",
+        "DeepseekV3ForCausalLM",
+        needs={**_SIGMOID, "attention.latent": SET, "moe.shared_expert_intermediate_size": SET},
+        names=(*_LATENT, *_DEEPSEEK_FFN, _CORRECTION, *names.PREDICTION),
+        settings={**_MLA, **_DEEPSEEK, **_NORMALIZE},
+        parts=(
+            rope(),
+            biases("attention_bias"),
+            groups(),
+            shared_experts("n_shared_experts", "moe_intermediate_size", required=True),
+            KV_HEADS,
+            PREDICTION_DEPTH,
+        ),
+        constants={
+            **_CONSTANTS,
+            "pretraining_tp": 1,
+            "rope_interleave": True,
+            "scoring_func": "sigmoid",
+            "topk_method": "noaux_tc",
+        },
+    ),
+    Family(
+        "glm4_moe_lite",
+        "Glm4MoeLiteForCausalLM",
+        needs={**_SIGMOID, "attention.latent": SET, "moe.shared_expert_intermediate_size": SET},
+        names=(*_LATENT, *_DEEPSEEK_FFN, _CORRECTION),
+        settings={
+            **_MLA,
+            **{key: path for key, path in _DEEPSEEK.items() if key != "first_k_dense_replace"},
+            **_NORMALIZE,
+        },
+        parts=(
+            rope(),
+            biases("attention_bias"),
+            groups(),
+            shared_experts("n_shared_experts", "moe_intermediate_size", required=True),
+            KV_HEADS,
+            MLP_TYPES,
+        ),
+        constants={**_CONSTANTS, "pretraining_tp": 1, "rope_interleave": True},
+    ),
+    Family(
+        "glm4_moe",
+        "Glm4MoeForCausalLM",
+        needs={**_SIGMOID, "moe.shared_expert_intermediate_size": SET},
+        names=(
+            *names.BODY,
+            *names.attention_biases(output=False),
+            *_HEAD_NORMS,
+            *_DEEPSEEK_FFN,
+            _CORRECTION,
+            *names.PREDICTION,
+        ),
+        settings={**_GROUPED, **_DEEPSEEK, **_NORMALIZE, "attention_bias": "attention.qkv_bias"},
+        parts=(
+            rope(partial=True),
+            groups(),
+            shared_experts("n_shared_experts", "moe_intermediate_size", required=True),
+            query_key_norm("use_qk_norm"),
+            PREDICTION_DEPTH,
+        ),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "dots1",
+        "Dots1ForCausalLM",
+        needs={**_SIGMOID, "attention.qk_norm": "head", "moe.shared_expert_intermediate_size": SET},
+        names=(*_BODY, *_HEAD_NORMS, *_DEEPSEEK_FFN, _CORRECTION),
+        settings={**_GROUPED, **_DEEPSEEK, **_NORMALIZE},
+        parts=(
+            rope(),
+            biases("attention_bias"),
+            groups(),
+            shared_experts("n_shared_experts", "moe_intermediate_size", required=True),
+            LAYER_WINDOWS,
+        ),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "exaone_moe",
+        "ExaoneMoeForCausalLM",
+        needs={
+            **_SIGMOID,
+            "attention.qk_norm": "head",
+            "attention.sliding_window": SET,
+            "attention.rope_layers": "windowed",
+            "moe.shared_expert_intermediate_size": SET,
+        },
+        names=(
+            *names.BODY,
+            *_HEAD_NORMS,
+            *_DEEPSEEK_FFN,
+            names.selection_bias("mlp.e_score_correction_bias"),
+        ),
+        settings={
+            **_GROUPED,
+            **_DENSE,
+            **_EXPERT_WIDTH,
+            "num_experts": "moe.num_experts",
+            **_TOP_K,
+            **_NORMALIZE,
+            "routed_scaling_factor": "moe.route_scale",
+        },
+        parts=(
+            rope(),
+            groups(),
+            shared_experts("num_shared_experts", "moe_intermediate_size", required=True),
+            LAYER_WINDOWS,
+            MLP_TYPES,
+        ),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "afmoe",
+        "AfmoeForCausalLM",
+        needs={
+            **_SIGMOID,
+            "attention.qk_norm": "head",
+            "attention.output_gate": True,
+            "attention.sliding_window": SET,
+            "attention.rope_layers": "windowed",
+            "norm_placement": "sandwich",
+            "moe.shared_expert_intermediate_size": SET,
+        },
+        names=(
+            *names.EMBEDDINGS,
+            *names.norms(
+                ("attention_norm", "input_layernorm"),
+                ("attention_post_norm", "post_attention_layernorm"),
+                ("ffn_norm", "pre_mlp_layernorm"),
+                ("ffn_post_norm", "post_mlp_layernorm"),
+            ),
+            *names.attention(),
+            *names.attention_biases(),
+            names.linear("attention.gate", "self_attn.gate_proj", "Q D"),
+            *_HEAD_NORMS,
+            *names.DENSE,
+            *names.experts("mlp", router="router.gate"),
+            *names.shared("mlp.shared_experts"),
+            names.selection_bias("mlp.expert_bias"),
+        ),
+        settings={
+            **_GROUPED,
+            **_DENSE,
+            **_EXPERT_WIDTH,
+            **_NAMED,
+            **_TOP_K,
+            "route_scale": "moe.route_scale",
+            "num_dense_layers": "moe.first_k_dense",
+        },
+        parts=(
+            rope(),
+            biases("attention_bias"),
+            shared_experts("num_shared_experts", "moe_intermediate_size", required=True),
+            LAYER_WINDOWS,
+            MUP_EMBEDDING,
+        ),
+        constants=_CONSTANTS,
+    ),
+    Family(
+        "solar_open",
+        "SolarOpenForCausalLM",
+        needs={**_SIGMOID, "moe.shared_expert_intermediate_size": SET},
+        names=(
+            *names.BODY,
+            *names.attention_biases(output=False),
+            *names.experts("mlp"),
+            *names.shared("mlp.shared_experts"),
+            _CORRECTION,
+        ),
+        settings={
+            **_GROUPED,
+            **_EXPERT_WIDTH,
+            **_ROUTED,
+            **_TOP_K,
+            **_NORMALIZE,
+            "routed_scaling_factor": "moe.route_scale",
+            "attention_bias": "attention.qkv_bias",
+        },
+        parts=(
+            rope(partial=True),
+            groups(),
+            shared_experts("n_shared_experts", "moe_intermediate_size", required=True),
+        ),
+        constants=_CONSTANTS,
+    ),
+)
+"""Sparse architectures. Where a model meets the needs of two rows, the first takes it."""
+
+FAMILIES = (*SPARSE_FAMILIES, *DENSE_FAMILIES)
+"""Every stock architecture that we can read and write."""

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 
 def open_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
-    """A `PreTrainedModel` and its tokenizer from a run (its newest checkpoint, or that of `step`), a Hugging Face folder
-    or a native one.
+    """A `PreTrainedModel` and its tokenizer from a run (its newest checkpoint, or that of `step`), a Hugging Face
+    folder or a native one.
 
     Stock code runs what has a stock architecture, native folders aside; the rest is a `TurnoutForCausalLM`. Raises
     `CheckpointError`: none of these, or not loadable; `ConfigError`: a step of what is no run.

@@ -1,24 +1,45 @@
 """A model's switches -> the row of the table that has them, or the switches that would give it one."""
 
 import json
+from collections.abc import Collection
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, Section
 from moe.errors import ExportError
-from moe.hf.families import FAMILIES, SET, Family, setting
+from moe.hf.families import FAMILIES
+from moe.hf.family import NEUTRAL, SET, Family, meets, setting
+
+NEAREST = 6
+"""Architectures that a refusal names."""
 
 
 def family_of(model: ModelConfig) -> Family:
-    """The row whose needs the model meets; raises `ExportError` naming the switches that would give it one."""
-    kin = [family for family in FAMILIES if _meets(model, "moe", family.needs["moe"])]
+    """The row whose needs the model meets, or of several the one it names.
+
+    Raises `ExportError` naming the switches that would give it one.
+    """
+    kin = [family for family in FAMILIES if family.sparse == (model.moe is not None)]
+    if model.architecture is not None:
+        kin = [_named(model.architecture)]
     lacking = {family.model_type: _differences(family, model) for family in kin}
     for family in kin:
         if not lacking[family.model_type]:
             return family
     ways = sorted(lacking.items(), key=lambda item: len(item[1]))
+    what = model.architecture or "stock architecture"
     raise ExportError(
-        f"this model has no stock architecture, so nothing outside could load it: {_spoken(kin, model)}. "
-        f"{_why(model)}Change it to one of\n"
-        + "\n".join(f"       {model_type}: {', '.join(changes)}" for model_type, changes in ways)
+        f"this model {'is' if model.architecture else 'has'} no {what}, so nothing outside could load it: "
+        f"{_spoken(kin, model)}. {_why(model)}Change it to one of\n"
+        + "\n".join(f"       {model_type}: {', '.join(changes)}" for model_type, changes in ways[:NEAREST])
+    )
+
+
+def _named(architecture: str) -> Family:
+    for family in FAMILIES:
+        if family.model_type == architecture:
+            return family
+    raise ExportError(
+        f"model.architecture is {architecture!r}, which is not in the table of architectures. There are "
+        f"{', '.join(sorted(family.model_type for family in FAMILIES))}."
     )
 
 
@@ -28,29 +49,38 @@ def check_exportable(model: ModelConfig) -> None:
 
 
 def _differences(family: Family, model: ModelConfig) -> list[str]:
+    """What the model would have to change: what the row needs, and switches that it has no word for."""
+    spoken = family.paths
+    neutral = {path: value for path, value in NEUTRAL.items() if path not in spoken}
+    if family.sparse != (model.moe is not None):
+        return ["the section model.moe" if family.sparse else "model.moe=null"]
     found = [
         f"model.{path}={_word(value)}"
-        for path, value in family.needs.items()
-        if not _meets(model, path, value)
+        for path, value in {**family.needs, **neutral}.items()
+        if _applies(model, path) and not meets(model, path, value)
     ]
-    width, heads = model.hidden_size, model.attention.num_heads
-    if family.heads != "any" and width % heads:
-        found.append(
-            f"a model.hidden_size ({width}) that is a multiple of model.attention.num_heads ({heads})"
-        )
-    elif family.heads == "fill the width" and model.head_dim * heads != width:
-        found.append(f"model.attention.head_dim={width // heads}")
+    for part in family.parts:
+        if _there(model, part.paths):
+            found += part.lacking(model)
     return found
 
 
-def _meets(model: ModelConfig, path: str, value: object) -> bool:
-    found = setting(model, path)
-    return found is not None if value is SET else bool(found == value)
+def _applies(model: ModelConfig, path: str) -> bool:
+    """A switch below a block that is not there says nothing."""
+    return "." not in path or setting(model, path.rpartition(".")[0]) is not None
+
+
+def _there(model: ModelConfig, paths: Collection[str]) -> bool:
+    return all(_applies(model, path) for path in paths)
 
 
 def _spoken(kin: list[Family], model: ModelConfig) -> str:
+    """The model's values of all switches that a row of its kind needs, and of others that are not neutral."""
     paths = dict.fromkeys(path for family in kin for path in family.needs if path != "moe")
-    return ", ".join(f"model.{path}={_word(setting(model, path))}" for path in paths)
+    paths |= dict.fromkeys(
+        path for path, value in NEUTRAL.items() if path != "moe" and not meets(model, path, value)
+    )
+    return ", ".join(f"model.{path}={_word(setting(model, path))}" for path in paths if _applies(model, path))
 
 
 def _why(model: ModelConfig) -> str:
@@ -60,4 +90,6 @@ def _why(model: ModelConfig) -> str:
 
 
 def _word(value: object) -> str:
-    return "WIDTH" if value is SET else json.dumps(value)
+    if value is SET:
+        return "WIDTH"
+    return json.dumps(value.model_dump() if isinstance(value, Section) else value)

@@ -7,7 +7,6 @@ Weights are float32 or bfloat16, selection biases always float32.
 """
 
 import json
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,8 +26,6 @@ MODEL_TYPE = "turnout"
 SECTION = "turnout"
 """The key of config.json that holds our part: the format's version and the model section."""
 VERSION = 1
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -112,7 +109,9 @@ class NativeFolder:
     @classmethod
     def open(cls, path: Path) -> "NativeFolder":
         """Raises `CheckpointError`: no native folder, a key or file too few or too many, or another shape."""
-        folder = cls(path, model_of(read_config(path), str(path / "config.json")), _files(path))
+        from moe.hf.folder import tensor_files
+
+        folder = cls(path, model_of(read_config(path), str(path / "config.json")), tensor_files(path))
         folder._check()
         return folder
 
@@ -141,11 +140,11 @@ class NativeFolder:
                 f"{self.path} holds {_few(unknown)}, which its model section has no place for. Import the model again."
             )
         for key, shape in wanted.items():
-            file = self._files[key]
-            if file.shapes()[key] != shape or file.dtype(key) is None:
+            found = self._files[key].shapes()[key]
+            if found != shape:
                 raise CheckpointError(
-                    f"{file.path}: {key} has shape {list(file.shapes()[key])} or a dtype that is not read here, but "
-                    f"the model section makes it {list(shape)} of float32, bfloat16 or float16. Import the model again."
+                    f"{self._files[key].path}: {key} has shape {list(found)}, but the model section makes it "
+                    f"{list(shape)}. Import the model again."
                 )
 
 
@@ -161,23 +160,6 @@ def read_config(path: Path) -> dict[str, Any]:
             f"{file} cannot be read ({error}). Give a folder that transformers or `turnout import` has written."
         ) from None
     return page
-
-
-def _files(path: Path) -> dict[str, "TensorFile"]:
-    from moe.checkpoint.unmapped import TensorFile
-
-    file = path / INDEX
-    try:
-        index = json.loads(file.read_bytes()) if file.is_file() else {}
-        names = sorted(set(index.get("weight_map", {"": SINGLE}).values()))
-        found: dict[str, TensorFile] = {}
-        for name in names:
-            file = path / name
-            opened = TensorFile(file)
-            found |= dict.fromkeys(opened.shapes(), opened)
-    except (OSError, ValueError, struct.error, AttributeError, TypeError, KeyError) as error:
-        raise CheckpointError(f"{file} cannot be read ({error}). Import the model again.") from None
-    return found
 
 
 def _few(names: list[str]) -> str:

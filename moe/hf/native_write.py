@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from moe import recipe
 from moe.config import ModelConfig
 from moe.errors import CheckpointError
-from moe.hf.native import INDEX, MODEL_TYPE, SECTION, SINGLE, VERSION, Stored, stored
+from moe.hf.folder import INDEX, SINGLE
+from moe.hf.native import MODEL_TYPE, SECTION, VERSION, Stored, stored
 from moe.hf.pages import TORCH_NAMES, Dtype
 from moe.hf.stream import write_tensors
 from moe.hf.write import copy_tokenizer
@@ -62,9 +63,10 @@ def write(
     wide = {key for tensor in plan if tensor.wide for key in tensor.keys}
     import torch
 
+    narrow = getattr(torch, TORCH_NAMES[dtype])
     for file, keys in files.items():
-        here = {key: shapes[key] for key in keys}
-        write_tensors(folder / file, here, getattr(torch, TORCH_NAMES[dtype]), stream, wide)
+        here = {key: (shapes[key], torch.float32 if key in wide else narrow) for key in keys}
+        write_tensors(folder / file, here, stream)
     parameters, size = (
         sum(prod(tensor.shape) * each(tensor) for tensor in plan) for each in (lambda _: 1, _itemsize(dtype))
     )

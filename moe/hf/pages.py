@@ -10,7 +10,7 @@ from typing import Any, Literal
 from moe import recipe
 from moe.config import ModelConfig, RunConfig
 from moe.errors import ExportError
-from moe.hf.families import Family, setting
+from moe.hf.family import Family, setting
 
 Dtype = Literal["fp32", "bf16"]
 TORCH_NAMES: Mapping[Dtype, str] = {"fp32": "float32", "bf16": "bfloat16"}
@@ -60,11 +60,13 @@ def config_page(
     page: dict[str, Any] = {
         "architectures": [family.architecture],
         "model_type": family.model_type,
-        **{key: setting(model, path) for key, path in family.settings.items()},
+        **{key: _value(model, path) for key, path in family.settings.items()},
+        **_OFF,
         **family.constants,
-        # 4.x reads rope_theta and, without it, silently takes its own default; 5.x reads rope_parameters.
-        "rope_parameters": {"rope_type": "default", "rope_theta": model.attention.rope_theta},
-        "rope_scaling": None,
+    }
+    for part in family.parts:
+        page |= part.write(model)
+    page |= {
         "dtype": TORCH_NAMES[dtype],
         "torch_dtype": TORCH_NAMES[dtype],
         "transformers_version": version("transformers"),
@@ -72,12 +74,20 @@ def config_page(
     }
     if model.moe is not None:
         # Theirs has its minimum at top_k, ours at 1 for any top_k.
+        page["output_router_logits"] = False
         page["router_aux_loss_coef"] = load_balancing_weight / model.moe.top_k
-        if "norm_topk_prob" in page:
-            page["mlp_only_layers"] = list(range(model.moe.first_k_dense))
         if page["intermediate_size"] is None:  # no layer has this width, but readers want a number
             page["intermediate_size"] = model.moe.expert_intermediate_size
     return page
+
+
+_OFF = {"use_cache": True, "attention_dropout": 0.0}
+_RESOLVED = {"attention.head_dim": "head_dim", "attention.num_kv_heads": "num_kv_heads"}
+"""Settings whose null stands for a value, and where that is."""
+
+
+def _value(model: ModelConfig, path: str) -> Any:
+    return setting(model, _RESOLVED.get(path, path))
 
 
 def generation_page(tokens: SpecialTokens) -> dict[str, Any]:

@@ -6,7 +6,7 @@ header, JSON, padded with spaces to a multiple of 8; the tensors' bytes end to e
 
 import json
 import struct
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -21,38 +21,36 @@ _NAMES = {"float32": "F32", "bfloat16": "BF16"}
 
 def write_tensors(
     path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: "torch.dtype",
+    planned: "Mapping[str, tuple[tuple[int, ...], torch.dtype]]",
     tensors: Iterator[tuple[str, "torch.Tensor"]],
-    wide: Collection[str] = (),
 ) -> None:
-    """Write the next len(shapes) of `tensors`, converted to `dtype`: they must come as `shapes` names them.
+    """Write the next len(planned) of `tensors`: they must come by the names and in the shapes that are `planned`, and
+    are converted to its dtypes.
 
-    Those in `wide` are float32 whatever `dtype` is. Raises `ExportError` if they do not; `OSError` as the system does.
+    Raises `ExportError` if they do not; `OSError` as the system does.
     """
     import torch
 
-    dtypes = {key: torch.float32 if key in wide else dtype for key in shapes}
     with path.open("wb") as file:
-        file.write(_header(shapes, dtypes))
-        for key, shape in shapes.items():
+        file.write(_header(planned))
+        for key, (shape, dtype) in planned.items():
             came, tensor = next(tensors, ("nothing", torch.empty(0)))
             if (came, tuple(tensor.shape)) != (key, shape):
                 raise ExportError(
                     f"{path.name}: {came} {list(tensor.shape)} came where {key} {list(shape)} was planned: nothing "
                     f"was exported. Please report the recipe as a bug."
                 )
-            file.write(tensor.to(dtypes[key]).contiguous().view(-1).view(torch.uint8).numpy().data)
+            file.write(tensor.to(dtype).contiguous().view(-1).view(torch.uint8).numpy().data)
             del tensor  # else it would be held while the next is read
 
 
-def _header(shapes: Mapping[str, tuple[int, ...]], dtypes: Mapping[str, "torch.dtype"]) -> bytes:
+def _header(planned: "Mapping[str, tuple[tuple[int, ...], torch.dtype]]") -> bytes:
     page: dict[str, object] = {"__metadata__": {"format": "pt"}}
     start = 0
-    for key, shape in shapes.items():
-        end = start + prod(shape) * dtypes[key].itemsize
+    for key, (shape, dtype) in planned.items():
+        end = start + prod(shape) * dtype.itemsize
         page[key] = {
-            "dtype": _NAMES[str(dtypes[key]).removeprefix("torch.")],
+            "dtype": _NAMES[str(dtype).removeprefix("torch.")],
             "shape": shape,
             "data_offsets": [start, end],
         }

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from moe.config import ModelConfig, RunConfig
 from moe.errors import ConfigError, ExportError
 from moe.hf.convert import Move, check_names, disk_tensors, moves
-from moe.hf.families import Family
+from moe.hf.family import Family
 from moe.hf.match import family_of
 from moe.hf.pages import TORCH_NAMES, Dtype, card, config_page, generation_page, special_tokens
 from moe.hf.stream import write_tensors
@@ -130,12 +130,12 @@ def write_model(
     _write_json(folder / "config.json", page)
     _write_json(folder / "generation_config.json", generation_page(tokens))
     (folder / "README.md").write_text(card_text, encoding="utf-8")
-    parameters = sum(move.numel for move in plan)
+    parameters = sum(move.numel for move in plan if not move.copy)
     return Written(
         family=family,
-        num_tensors=sum(len(move.disk) for move in plan),
+        num_tensors=len(_shapes(plan)),
         num_parameters=parameters,
-        num_bytes=parameters * _itemsize(dtype),
+        num_bytes=sum(_num_bytes(move, dtype) for move in plan),
         weight_files=weight_files,
     )
 
@@ -160,8 +160,8 @@ def shards(plan: list[Move], dtype: Dtype, max_shard_size: int) -> dict[str, lis
     groups: list[list[str]] = [[]]
     filled = 0
     for move in plan:
-        size = prod(move.disk_shape) * _itemsize(dtype)
-        for key in move.disk:
+        size = prod(move.disk_shape) * _itemsize(move, dtype)
+        for key in move.disk if not move.part[0] else ():
             if groups[-1] and filled + size > max_shard_size:
                 groups.append([])
                 filled = 0
@@ -190,18 +190,24 @@ def _write_weights(
 
     stream = disk_tensors(plan, read)
     files = shards(plan, dtype, max_shard_size)
-    shapes = {key: move.disk_shape for move in plan for key in move.disk}
+    shapes = _shapes(plan)
+    wide = {key for move in plan if move.wide for key in move.disk}
     for file, keys in files.items():
-        here = {key: shapes[key] for key in keys}
-        write_tensors(folder / file, here, getattr(torch, TORCH_NAMES[dtype]), stream)
+        here = {
+            key: (shapes[key], getattr(torch, TORCH_NAMES["fp32" if key in wide else dtype])) for key in keys
+        }
+        write_tensors(folder / file, here, stream)
     if (left := next(stream, None)) is not None:
         raise ExportError(f"{left[0]} was left over; nothing was exported.")
     if len(files) > 1:
-        total = sum(move.numel for move in plan)
+        total = sum(move.numel for move in plan if not move.copy)
         _write_json(
             folder / _INDEX,
             {
-                "metadata": {"total_parameters": total, "total_size": total * _itemsize(dtype)},
+                "metadata": {
+                    "total_parameters": total,
+                    "total_size": sum(_num_bytes(move, dtype) for move in plan),
+                },
                 "weight_map": {key: file for file, keys in files.items() for key in keys},
             },
         )
@@ -221,5 +227,14 @@ def _write_json(path: Path, page: object) -> None:
     path.write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
 
 
-def _itemsize(dtype: Dtype) -> int:
-    return {"fp32": 4, "bf16": 2}[dtype]
+def _shapes(plan: list[Move]) -> dict[str, tuple[int, ...]]:
+    """Disk names, in order, and their shapes; a tensor that several moves share comes once."""
+    return {key: move.disk_shape for move in plan for key in move.disk}
+
+
+def _num_bytes(move: Move, dtype: Dtype) -> int:
+    return move.disk_numel * _itemsize(move, dtype)
+
+
+def _itemsize(move: Move, dtype: Dtype) -> int:
+    return 4 if move.wide else {"fp32": 4, "bf16": 2}[dtype]

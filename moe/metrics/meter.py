@@ -30,6 +30,8 @@ class Result(Protocol):
     @property
     def router_z(self) -> Tensor: ...
     @property
+    def further(self) -> Tensor: ...
+    @property
     def gradient_norm(self) -> Tensor: ...
     @property
     def learning_rate(self) -> float: ...
@@ -108,6 +110,8 @@ class Meter:
             "tokens_per_second": result.num_tokens / seconds,
             "mfu": result.num_tokens / seconds * self._share_per_token,
         }
+        if self._run.model.prediction_depth:
+            record["prediction_loss"] = float(result.further)
         counts_LE = result.tokens_per_expert
         if counts_LE is not None:
             limited = self._run.balance.capacity_factor is not None

@@ -27,35 +27,75 @@ class Count:
 
 def count(config: ModelConfig, sequence_length: int) -> Count:
     """Count a model without building it."""
-    hidden, heads = config.hidden_size, config.attention.num_heads
-    query, kv = heads * config.head_dim, config.num_kv_heads * config.head_dim
-    attention = hidden * query * 2 + hidden * kv * 2
-    extras = 2 * hidden + (2 * config.head_dim if config.attention.qk_norm else 0)
-    extras += query + 2 * kv if config.attention.qkv_bias else 0
+    hidden, blocks = config.hidden_size, config.num_blocks
+    attention, vectors = _attention(config)
+    small = 0
+    norms = 2 * (1 + (config.norm_placement == "sandwich")) * _norm(config)
     sparse = len(config.sparse_layers)
-    dense = config.num_layers - sparse
-    total_biases = active_biases = 0
-    total = config.num_layers * attention + dense * 3 * hidden * (config.intermediate_size or 0)
+    total = blocks * attention + (blocks - sparse) * 3 * hidden * (config.intermediate_size or 0)
+    total += config.prediction_depth * 2 * hidden * hidden
     active = total
+    total_biases = active_biases = 0
     if config.moe is not None:
         moe = config.moe
         width = moe.latent_size or hidden
         expert = 3 * width * moe.expert_intermediate_size
         always = hidden * moe.num_experts + 3 * hidden * (moe.shared_expert_intermediate_size or 0)
         always += (hidden if moe.shared_expert_gate else 0) + 2 * hidden * (moe.latent_size or 0)
+        small += sparse * (moe.num_experts if moe.router_bias else 0)
         bias = 2 * moe.expert_intermediate_size + width if moe.expert_bias else 0
         total += sparse * (always + moe.num_experts * expert)
         active += sparse * (always + moe.top_k * expert)
         total_biases, active_biases = sparse * moe.num_experts * bias, sparse * moe.top_k * bias
     head = config.vocab_size * hidden
-    small = config.num_layers * extras + hidden
+    small += blocks * (vectors + norms) + (1 + 3 * config.prediction_depth) * _norm(config)
+    small += config.vocab_size if config.head_bias else 0
     embedding = 0 if config.tie_embeddings else head
-    causal_attention = 6 * query * sequence_length * config.num_layers
     return Count(
         total_parameters=total + total_biases + head + embedding + small,
         active_parameters=active + active_biases + head + embedding + small,
-        flops_per_token=6 * (active + head) + causal_attention,
+        flops_per_token=6 * (active + head * (1 + config.prediction_depth))
+        + _mixing(config, sequence_length),
     )
+
+
+def _attention(config: ModelConfig) -> tuple[int, int]:
+    """Elements of the matrices of a layer's attention, and of its vectors."""
+    attention, latent, hidden = config.attention, config.attention.latent, config.hidden_size
+    heads = attention.num_heads
+    query, output = heads * config.head_dim, heads * config.value_head_dim
+    vectors = (hidden if attention.output_bias else 0) + (heads if attention.sinks else 0)
+    matrices = output * hidden * (2 if attention.output_gate else 1)
+    if latent is None:
+        kv = config.num_kv_heads * config.head_dim
+        vectors += query + 2 * kv if attention.qkv_bias else 0
+        norm = {"none": 0, "full": query + kv}.get(attention.qk_norm, 2 * config.head_dim)
+        return matrices + hidden * (query + 2 * kv), vectors + norm
+    down = latent.kv_rank + latent.rope_head_dim
+    matrices += hidden * down + latent.kv_rank * heads * (latent.nope_head_dim + latent.value_head_dim)
+    vectors += latent.kv_rank
+    if latent.query_rank is None:
+        matrices += hidden * query
+    else:
+        matrices += latent.query_rank * (hidden + query)
+        vectors += latent.query_rank
+        down += latent.query_rank
+    return matrices, vectors + (down if attention.qkv_bias else 0)
+
+
+def _norm(config: ModelConfig) -> int:
+    return config.hidden_size * (2 if config.norm == "layer" else 1)
+
+
+def _mixing(config: ModelConfig, sequence_length: int) -> int:
+    """FLOPs of attention itself, forward and backward: of what a query could see, half is in the future."""
+    width = config.attention.num_heads * (config.head_dim + config.value_head_dim)
+    seen = 0.0
+    for layer in range(config.num_blocks):
+        window = config.attention.window(layer)
+        reach = sequence_length if window is None else min(window, sequence_length)
+        seen += reach - reach * reach / (2 * sequence_length)
+    return round(6 * width * seen)
 
 
 def kept_by_experts(config: ModelConfig, precision: Precision, recompute: str) -> int:

@@ -10,6 +10,7 @@ from moe.config import ModelConfig
 from moe.model.attention import Attention
 from moe.model.head import Head
 from moe.model.norm import RMSNorm
+from moe.model.prediction import Prediction
 from moe.model.transformer import Transformer
 from moe.seed import stream
 from moe.sparse import SparseMoE
@@ -43,10 +44,16 @@ def fill(part: nn.Module, place: str, config: ModelConfig, seed: int) -> None:
         match module:
             case RMSNorm():
                 module.weight.fill_(1.0)
-            case Head() if config.tie_embeddings:
-                pass  # the embedding's weight
+            case nn.LayerNorm():
+                module.weight.fill_(1.0)
+                module.bias.zero_()
             case nn.Embedding() | Head() | Router():
-                draw(module.weight, std, name)
+                if not (
+                    isinstance(module, Head) and config.tie_embeddings
+                ):  # else it is the embedding's weight
+                    draw(module.weight, std, name)
+                if isinstance(bias := getattr(module, "bias", None), Tensor):
+                    bias.zero_()
             case Experts():
                 for local, expert in enumerate(module.layout.local_experts):
                     draw(module.gate_up[local], std, name, "gate_up", expert)
@@ -55,13 +62,18 @@ def fill(part: nn.Module, place: str, config: ModelConfig, seed: int) -> None:
                     if bias is not None:
                         bias.zero_()
             case Attention():
-                for linear in ("query", "key", "value", "output"):
-                    _linear(
-                        getattr(module, linear),
-                        draw,
-                        out_std if linear == "output" else std,
-                        f"{name}.{linear}",
-                    )
+                for linear, found in module.named_children():
+                    if isinstance(found, nn.Linear):
+                        _linear(found, draw, out_std if linear == "output" else std, f"{name}.{linear}")
+                        filled.update(id(parameter) for parameter in found.parameters())
+                if module.sinks is not None:
+                    module.sinks.zero_()
+                    filled.add(id(module.sinks))
+                continue  # its norms come by themselves
+            case Prediction():
+                _linear(module.project, draw, std, f"{name}.project")
+                filled.add(id(module.project.weight))
+                continue
             case SwiGLU():
                 for linear in ("gate", "up", "down"):
                     _linear(

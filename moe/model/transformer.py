@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 from moe.config import ModelConfig
 from moe.model.block import Block
 from moe.model.head import Head
-from moe.model.norm import RMSNorm
-from moe.model.rope import rotation
+from moe.model.norm import norm
+from moe.model.prediction import Prediction, ahead
+from moe.model.rope import Rotation, rotation
 from moe.model.ulysses import SequenceGroup
 from moe.sparse import Capacity, Dispatcher, ExpertLayout, Jitter, RoutingRecord
 from moe.sparse.router import Router
@@ -25,7 +26,10 @@ class ModelOutput(NamedTuple):
     cross_entropy: Tensor
     """float32 scalar: nats, summed over unmasked tokens."""
     records: tuple[RoutingRecord, ...]
-    """Routing of each sparse layer, bottom to top."""
+    """Routing of each sparse layer, bottom to top, those of prediction modules last."""
+    further: Tensor | None = None
+    """float32 scalar: nats of the prediction modules, summed over tokens, the mean over modules; None outside training
+    and without them."""
 
 
 class Transformer(nn.Module):
@@ -50,12 +54,14 @@ class Transformer(nn.Module):
         self.sequence_group = sequence_group or SequenceGroup()
         layout = layout or ExpertLayout(config.moe.num_experts if config.moe else 1)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(
+        blocks = [
             Block(config, index, layout, capacity, recompute == "experts", dispatcher, self.sequence_group)
-            for index in range(config.num_layers)
-        )
-        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
-        self.head = Head(config.hidden_size, config.vocab_size)
+            for index in range(config.num_blocks)
+        ]
+        self.layers = nn.ModuleList(blocks[: config.num_layers])
+        self.norm = norm(config)
+        self.predictions = nn.ModuleList(Prediction(config, block) for block in blocks[config.num_layers :])
+        self.head = Head(config.hidden_size, config.vocab_size, config.head_bias, config.logit_divisor)
         if config.tie_embeddings:
             self.embed.weight = self.head.weight
 
@@ -71,25 +77,60 @@ class Transformer(nn.Module):
         Positions whose `mask_BS` (bool) is False add to no loss and no count. `jitter` is the noise of this batch's
         B S tokens for every layer's router. Where ranks share sequences, S is a rank's part of their positions.
         """
-        x_BSD = self.embed(input_ids_BS)
-        length = input_ids_BS.shape[1] * self.sequence_group.size
-        turn = rotation(length, self.config.head_dim, self.config.attention.rope_theta, x_BSD.device)
-        records = []
+        turn = self._rotation(input_ids_BS)
+        x_BSD, records = self._embed(input_ids_BS), []
         for index, layer in enumerate(self.layers):
-            noise = None if jitter is None else jitter.of_layer(index)
-            if self.recompute == "block" and torch.is_grad_enabled():
-                x_BSD, record = checkpoint(
-                    layer, x_BSD, turn, mask_BS, noise, use_reentrant=False, preserve_rng_state=False
-                )
-            else:
-                x_BSD, record = layer(x_BSD, turn, mask_BS, noise)
-            if record is not None:
-                records.append(record)
+            x_BSD, record = self._run(layer, jitter and jitter.of_layer(index), x_BSD, turn, mask_BS)
+            records.append(record)
         h_BSD = self.norm(x_BSD)
         if labels_BS is None:
             logits_BSV: Tensor = self.head(h_BSD)
             return logits_BSV
-        return ModelOutput(self.head(h_BSD, labels_BS, mask_BS), tuple(records))
+        cross_entropy, further = self.head(h_BSD, labels_BS, mask_BS), None
+        if self.training and len(self.predictions):
+            further, more = self._foretell(h_BSD, turn, labels_BS, mask_BS, jitter)
+            records += more
+        return ModelOutput(cross_entropy, tuple(r for r in records if r is not None), further)
+
+    def _foretell(
+        self,
+        h_BSD: Tensor,
+        turn: Rotation,
+        labels_BS: Tensor,
+        mask_BS: Tensor | None,
+        jitter: Jitter | None,
+    ) -> tuple[Tensor, list[RoutingRecord | None]]:
+        """Nats of the prediction modules, and routing. A sequence's last tokens foretell nothing, but are routed."""
+        kept_BS = torch.ones_like(labels_BS, dtype=torch.bool) if mask_BS is None else mask_BS
+        nats, records = torch.zeros((), device=h_BSD.device), []
+        for depth, module in enumerate(self.predictions):
+            next_BSD = self._embed(ahead(labels_BS, depth))
+            noise = jitter and jitter.of_layer(self.config.num_layers + depth)
+            h_BSD, record = self._run(module, noise, h_BSD, next_BSD, turn, mask_BS)
+            kept_BS = kept_BS & ahead(kept_BS, 1)
+            nats = nats + self.head(h_BSD, ahead(labels_BS, depth + 1), kept_BS)
+            records.append(record)
+        return nats / len(self.predictions), records
+
+    def _run(
+        self, part: nn.Module, noise: Jitter | None, *inputs: Tensor | Rotation | None
+    ) -> tuple[Tensor, RoutingRecord | None]:
+        """A layer's or prediction module's output and routing, recomputed in backward if so configured."""
+        result: tuple[Tensor, RoutingRecord | None]
+        if self.recompute == "block" and torch.is_grad_enabled():
+            result = checkpoint(part, *inputs, noise, use_reentrant=False, preserve_rng_state=False)
+        else:
+            result = part(*inputs, noise)
+        return result
+
+    def _embed(self, ids_BS: Tensor) -> Tensor:
+        x_BSD: Tensor = self.embed(ids_BS)
+        return x_BSD if self.config.embedding_multiplier == 1 else x_BSD * self.config.embedding_multiplier
+
+    def _rotation(self, ids_BS: Tensor) -> Rotation:
+        attention, length = self.config.attention, ids_BS.shape[1] * self.sequence_group.size
+        width, scaling = self.config.rotary_dim, attention.rope_scaling
+        return rotation(length, width, attention.rope_theta, ids_BS.device, scaling)
 
     def selection_biases(self) -> list[Tensor]:
         """The selection bias of each sparse layer, bottom to top: float32 [E], changed in place by balancing."""

@@ -37,6 +37,10 @@ class SequenceGroup:
         arrived_GBPhd = exchange.wait(exchange.start(x_BShd.unflatten(1, (self.size, -1)).movedim(1, 0)))
         return arrived_GBPhd.movedim(0, 2).flatten(2, 3)
 
+    def own_heads(self, x_H: Tensor) -> Tensor:
+        """[H] -> [h]: what belongs to the heads that this rank has all positions of."""
+        return x_H if self.size == 1 else x_H.chunk(self.size)[dist.get_rank(self.group)]
+
     def _exchange(self) -> Exchange:
         """Entry g goes to rank g; entry g of what arrives came from there."""
         return Exchange([1] * self.size, [1] * self.size, self.group)

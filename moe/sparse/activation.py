@@ -28,7 +28,7 @@ class GatedUnit:
     def of(cls, config: MoEConfig) -> "GatedUnit":
         """What a model asks for."""
         if config.expert_activation == "gpt_oss":
-            return cls(1.702, 1.0, config.activation_limit)
+            return cls(config.activation_alpha, 1.0, config.activation_limit)
         return cls(limit=config.activation_limit)
 
     def __call__(self, gate_up: Tensor) -> Tensor:

@@ -74,6 +74,7 @@ class Router(nn.Module):
         super().__init__()
         self.config = config
         self.weight = nn.Parameter(torch.empty(config.num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router_bias else None
         bias = torch.zeros(config.num_experts, dtype=torch.float32) if config.selection_bias else None
         self.selection_bias_E: Tensor | None
         self.register_buffer("selection_bias_E", bias)
@@ -89,6 +90,8 @@ class Router(nn.Module):
         # Outside any autocast: rounding a logit to bf16 changes choices, not only weights.
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE: Tensor = _Logits.apply(x_TD, self.weight)
+            if self.bias is not None:
+                logits_TE = logits_TE + self.bias.to(logits_TE.dtype)
             scores_TE, probabilities_TE = self._scores(logits_TE)
         ids_TK, kept_TK = self._choose(scores_TE, mask_T)
         weights_TK = self._weigh(logits_TE, scores_TE, ids_TK) * self.config.route_scale
@@ -106,7 +109,7 @@ class Router(nn.Module):
 
     def _scores(self, logits_TE: Tensor) -> tuple[Tensor, Tensor]:
         """(scores, the same as probabilities)."""
-        if self.config.router_score == "softmax":
+        if self.config.router_score != "sigmoid":
             scores_TE = torch.softmax(logits_TE, dim=-1)
             return scores_TE, scores_TE
         scores_TE = torch.sigmoid(logits_TE)
@@ -139,6 +142,9 @@ class Router(nn.Module):
 
     def _weigh(self, logits_TE: Tensor, scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
         """The chosen scores, divided by their sum if so configured."""
+        if self.config.router_score == "sparsemixer":
+            assert self.config.sparsemixer_margin is not None, "checked by moe.config.shape"
+            return sparsemixer(logits_TE, ids_TK, self.config.sparsemixer_margin)
         if not self.config.normalize_top_k:
             return scores_TE.gather(1, ids_TK)
         if self.config.router_score == "softmax":
@@ -157,6 +163,21 @@ class Router(nn.Module):
         if before is not None and self.selection_bias_E is not None:
             self.selection_bias_E = before.to(self.selection_bias_E.device)
         return self
+
+
+def sparsemixer(logits_TE: Tensor, ids_TK: Tensor, margin: float) -> Tensor:
+    """Weights [T, K] of choices in order: each a softmax over the experts not chosen before it whose logits are within
+    twice the relative `margin` of the best of these (arXiv:2409.12136; Phi-3.5-MoE's code, without its sampling).
+    """
+    left_TE, weights = logits_TE, []
+    for ids_T1 in ids_TK.split(1, dim=-1):
+        with torch.no_grad():
+            best_T1 = left_TE.amax(dim=-1, keepdim=True)
+            far_TE = (best_T1 - logits_TE) / logits_TE.abs().clamp(min=best_T1) > 2 * margin
+        near_TE = torch.softmax(left_TE.masked_fill(far_TE, float("-inf")), dim=-1)
+        weights.append(near_TE.gather(1, ids_T1))
+        left_TE = left_TE.scatter(-1, ids_T1, float("-inf"))
+    return torch.cat(weights, dim=-1)
 
 
 def _within_best_groups(preference_TE: Tensor, num_groups: int, top_groups: int, score: str) -> Tensor:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moe.certify.layouts import Layout, choose, offloads, parse, reference, spread, zero_stages
 from moe.certify.shrink import STEPS, shrink
 from moe.config import AttentionConfig, ModelConfig, MoEConfig, RunConfig, check_world
-from moe.config.shape import divisors
+from moe.config.numbers import divisors
 from moe.errors import ConfigError
 from moe.recipe import load
 

@@ -4,7 +4,8 @@ import torch
 from moe.config import ModelConfig
 from moe.errors import ExportError
 from moe.hf.convert import check_names, disk_tensors, moves
-from moe.hf.families import FAMILIES, setting
+from moe.hf.families import FAMILIES
+from moe.hf.family import setting
 from moe.hf.match import check_exportable, family_of
 from moe.hf.pages import SpecialTokens, config_page
 from tests.stock import CASES, Saved, model, random_weights, run_of

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from moe import recipe
 from moe.config import RunConfig
 from moe.config.base import LARGEST, brief, build
-from moe.config.shape import divisors
+from moe.config.numbers import divisors
 from moe.errors import ConfigError
 
 Page = dict[str, Any]
