@@ -14,9 +14,11 @@ from moe.checkpoint.read import SavedModel
 from moe.config import RunConfig, cautions, check_data
 from moe.data.loader import validation_batches
 from moe.data.shards import TokenData
-from moe.errors import CheckpointError, DataError, clean_exit
+from moe.errors import CheckpointError, ConfigError, DataError, clean_exit
+from moe.hf import beginning
 from moe.loss import local_load
 from moe.model import Transformer, initialize
+from moe.model.source import copy
 from moe.recipe import load
 
 _UNIGRAM_BLOCK = 1 << 22
@@ -42,7 +44,8 @@ class Evaluation:
 def evaluate(run_folder: Path, step: int | None = None, batch_size: int = 16) -> Evaluation:
     """Evaluate a checkpoint (None: the newest) of a run on this machine, in float32.
 
-    Step 0 is the untrained model, drawn again from the recipe's seed. Raises `CheckpointError` or `DataError`.
+    Step 0 is the model that training began with: drawn again from the recipe's seed, or read again from its init_from.
+    Raises `CheckpointError` or `DataError`.
     """
     run, model, step = _load(run_folder, step)
     for caution in cautions(run.model):
@@ -104,7 +107,10 @@ def _load(run_folder: Path, step: int | None) -> tuple[RunConfig, Transformer, i
             raise CheckpointError(f"{run_folder} holds no run (no recipe.yaml). Give the folder of a run.")
         run = load(RunConfig, recipe)
         model = Transformer(run.model)
-        initialize(model, run.seed)
+        if (weights := beginning.begin(run, verify=True)) is not None:
+            copy(model, "", weights)
+        else:
+            initialize(model, run.seed)
         return run, model, 0
     saved = SavedModel.open(run_folder, step)
     model = Transformer(saved.run.model)
@@ -113,26 +119,93 @@ def _load(run_folder: Path, step: int | None) -> tuple[RunConfig, Transformer, i
 
 
 @click.command("evaluate")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("source", metavar="RUN_OR_DIR", type=click.Path(path_type=Path))
 @click.option(
-    "--step", type=click.IntRange(min=0), help="Checkpoint to evaluate; 0: the untrained model. [newest]"
+    "--step", type=click.IntRange(min=0), help="Checkpoint to evaluate; 0: before any training. [newest]"
 )
+@click.option(
+    "--tasks", help="Tasks of lm-evaluation-harness, comma-separated, instead of the held-out split."
+)
+@click.option(
+    "--include-path", type=click.Path(path_type=Path), help="Folder with further tasks; with --tasks."
+)
+@click.option("--num-fewshot", type=click.IntRange(min=0), help="Examples before a question. [the task's]")
+@click.option("--limit", type=click.IntRange(min=1), help="Questions of each task. [all]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Texts at a time. [16; with --tasks 8]")
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Write the figures to this file too."
 )
-def command(run: Path, step: int | None, json_path: Path | None) -> None:
-    """Held-out loss and bits per byte of the run in folder RUN."""
+def command(
+    source: Path,
+    step: int | None,
+    tasks: str | None,
+    include_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int | None,
+    json_path: Path | None,
+) -> None:
+    """Held-out loss and bits per byte of the run in folder RUN_OR_DIR.
+
+    With --tasks, what lm-evaluation-harness measures of a run, a Hugging Face folder, or one that `turnout import`
+    made.
+    """
     with clean_exit():
         log.setup()
         if json_path is not None:
             figures.check_place(json_path)
-        found = evaluate(run, step)
-        click.echo(
-            f"step {found.step}: {found.loss:.4f} nats/token, {found.bits_per_byte:.4f} bits/byte "
-            f"(unigram model: {found.unigram_bits_per_byte:.4f}) over {found.tokens:,} tokens, {found.bytes:,} bytes"
-        )
+        if tasks is not None:
+            page = _tasks(source, step, tasks, include_path, num_fewshot, limit, batch_size or 8)
+        else:
+            for name, value in (
+                ("include-path", include_path),
+                ("num-fewshot", num_fewshot),
+                ("limit", limit),
+            ):
+                if value is not None:
+                    raise ConfigError(
+                        f"--{name} is {value}, but it belongs to --tasks. Set both, or neither."
+                    )
+            page = _held_out(source, step, batch_size or 16)
         if json_path is not None:
-            figures.write(json_path, json.dumps(asdict(found)) + "\n")
+            figures.write(json_path, page + "\n")
+
+
+def _held_out(run: Path, step: int | None, batch_size: int) -> str:
+    found = evaluate(run, step, batch_size)
+    click.echo(
+        f"step {found.step}: {found.loss:.4f} nats/token, {found.bits_per_byte:.4f} bits/byte "
+        f"(unigram model: {found.unigram_bits_per_byte:.4f}) over {found.tokens:,} tokens, {found.bytes:,} bytes"
+    )
+    return json.dumps(asdict(found))
+
+
+def _tasks(
+    source: Path,
+    step: int | None,
+    tasks: str,
+    include_path: Path | None,
+    num_fewshot: int | None,
+    limit: int | None,
+    batch_size: int,
+) -> str:
+    from moe.hf.load import open_model
+    from moe.hf.tasks import check_installed, measure
+
+    check_installed()
+    names = [name.strip() for name in tasks.split(",") if name.strip()]
+    scores = measure(
+        *open_model(source, step),
+        names,
+        include_path=include_path,
+        num_fewshot=num_fewshot,
+        limit=limit,
+        batch_size=batch_size,
+    )
+    for score in scores:
+        error = "" if score.standard_error is None else f" +- {score.standard_error:.4f}"
+        click.echo(f"{score.task}: {score.metric} {score.value:.4f}{error}")
+    return json.dumps({"source": str(source), "scores": [asdict(score) for score in scores]})
 
 
 if __name__ == "__main__":

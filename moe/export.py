@@ -1,4 +1,4 @@
-"""A saved run -> a Hugging Face folder: `turnout export RUN --to DIR`."""
+"""A saved run, or a native folder -> a Hugging Face folder: `turnout export RUN_OR_DIR --to DIR`."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,11 +8,13 @@ from typing import TYPE_CHECKING
 import click
 
 from moe import figures, log
-from moe.errors import clean_exit
+from moe.errors import ConfigError, clean_exit
 
 if TYPE_CHECKING:
     from moe.hf.pages import Dtype
     from moe.hf.verify import Comparison
+    from moe.hf.write import Written
+    from moe.model.source import Weights
 
 
 @dataclass(frozen=True)
@@ -21,7 +23,8 @@ class ExportResult:
 
     folder: str
     architecture: str
-    step: int
+    step: int | None
+    """None: a folder, which has no steps."""
     dtype: str
     num_parameters: int
     num_tensors: int
@@ -33,7 +36,7 @@ class ExportResult:
 
 
 def export(
-    run_dir: Path,
+    source: Path,
     to: Path,
     *,
     step: int | None = None,
@@ -41,36 +44,24 @@ def export(
     max_shard_size: int = 5 * 10**9,
     verify: bool = False,
 ) -> ExportResult:
-    """Write the run's newest step, or `step`, as a stock architecture into the new folder `to`.
+    """Write a run's newest step, or `step`, or a native folder, as a stock architecture into the new folder `to`.
 
-    The folder appears when it is whole and, with `verify`, equal to the run's model under stock transformers.
-    Raises `CheckpointError`: no such run or step; `ExportError`: no stock architecture, no tokenizer, `to` is
-    taken, or the logits differ.
+    The folder appears when it is whole and, with `verify`, equal to its source under stock transformers. Raises
+    `CheckpointError`: no such run, step or folder; `ConfigError`: a step of a folder; `ExportError`: no stock
+    architecture, no tokenizer, `to` is taken, or the logits differ.
     """
-    from moe.checkpoint import certificate
-    from moe.checkpoint.read import SavedModel
     from moe.hf import verify as verification
     from moe.hf import write
 
-    saved = SavedModel.open(run_dir, step)
-    page = certificate.find(saved.run, saved.folder)
     with write.new_folder(to) as folder:
-        written = write.write(
-            folder,
-            saved.run,
-            saved.step,
-            saved.names(),
-            saved.pieces,
-            run_dir / "tokenizer",
-            dtype=dtype,
-            max_shard_size=max_shard_size,
-            certified=certificate.sentence(page) if page else "",
+        weights, written, step = (_folder if (source / "config.json").is_file() else _run)(
+            source, step, folder, dtype, max_shard_size
         )
-        compared = verification.verify(folder, saved.run.model, saved.pieces, dtype) if verify else None
+        compared = verification.verify(folder, weights.model, weights.pieces, dtype) if verify else None
     return ExportResult(
         folder=str(to),
         architecture=written.family.architecture,
-        step=saved.step,
+        step=step,
         dtype=dtype,
         num_parameters=written.num_parameters,
         num_tensors=written.num_tensors,
@@ -80,8 +71,64 @@ def export(
     )
 
 
+def _run(
+    run_dir: Path, step: int | None, folder: Path, dtype: "Dtype", max_shard_size: int
+) -> tuple["Weights", "Written", int | None]:
+    from moe.checkpoint import certificate
+    from moe.checkpoint.read import SavedModel
+    from moe.hf.write import write
+
+    saved = SavedModel.open(run_dir, step)
+    page = certificate.find(saved.run, saved.folder)
+    written = write(
+        folder,
+        saved.run,
+        saved.step,
+        saved.names(),
+        saved.pieces,
+        run_dir / "tokenizer",
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+        certified=certificate.sentence(page) if page else "",
+    )
+    return saved, written, saved.step
+
+
+def _folder(
+    source: Path, step: int | None, folder: Path, dtype: "Dtype", max_shard_size: int
+) -> tuple["Weights", "Written", int | None]:
+    from moe.hf.source import open_weights
+    from moe.hf.write import write_model
+
+    if step is not None:
+        raise ConfigError(f"--step is {step}, but {source} is no run: it has no steps. Remove it.")
+    weights = open_weights(source)
+    written = write_model(
+        folder,
+        weights.model,
+        weights.names(),
+        weights.pieces,
+        source,
+        _CARD.format(name=source.absolute().name),
+        dtype=dtype,
+        max_shard_size=max_shard_size,
+    )
+    return weights, written, None
+
+
+_CARD = """\
+---
+library_name: transformers
+pipeline_tag: text-generation
+---
+# {name}
+
+Written by `turnout export` from a folder of that name.
+"""
+
+
 @click.command("export")
-@click.argument("run", type=click.Path(path_type=Path))
+@click.argument("source", metavar="RUN_OR_DIR", type=click.Path(path_type=Path))
 @click.option(
     "--to", type=click.Path(path_type=Path), required=True, help="Folder to make; never overwritten."
 )
@@ -95,7 +142,7 @@ def export(
     "--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file too."
 )
 def command(
-    run: Path,
+    source: Path,
     to: Path,
     step: int | None,
     dtype: "Dtype",
@@ -103,7 +150,7 @@ def command(
     verify: bool,
     json_path: Path | None,
 ) -> None:
-    """Write the model of the run folder RUN as a Hugging Face folder that stock transformers loads."""
+    """Write the model of a run, or of a folder that `turnout import` made, as one that stock transformers loads."""
     log.setup()
     with clean_exit():
         from moe.hf.write import parse_size
@@ -111,10 +158,11 @@ def command(
         if json_path is not None:
             figures.check_place(json_path)
         result = export(
-            run, to, step=step, dtype=dtype, max_shard_size=parse_size(max_shard_size), verify=verify
+            source, to, step=step, dtype=dtype, max_shard_size=parse_size(max_shard_size), verify=verify
         )
+        what = source if result.step is None else f"step {result.step} of {source}"
         click.echo(
-            f"exported step {result.step} of {run} as {result.architecture} ({result.num_parameters:,} parameters, "
+            f"exported {what} as {result.architecture} ({result.num_parameters:,} parameters, "
             f"{result.num_bytes / 1e6:,.1f} MB in {len(result.weight_files)} weight files, {dtype}) to {to}"
         )
         if (compared := result.comparison) is not None:

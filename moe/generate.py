@@ -1,38 +1,18 @@
 """A run or a Hugging Face folder and a prompt -> text, as it comes: `turnout generate RUN --prompt "..."`."""
 
 from pathlib import Path
-from typing import Any
 
 import click
 
 from moe import log
-from moe.errors import CheckpointError, ConfigError, clean_exit
+from moe.errors import ConfigError, clean_exit
+from moe.hf.load import open_model
 from moe.hf.sample import DEFAULT_NEW_TOKENS, Sampling, generate
 
 _TEMPERATURES = 1e-3, 1e3
 """Beyond these, logits over temperature leave float32's range or its resolution: greedy, or a fair die."""
 
 _LAST_SEED = 2**63 - 1
-
-
-def open_model(source: Path) -> tuple[Any, Any]:
-    """A stock model and its tokenizer from a run folder or a Hugging Face folder.
-
-    Raises `CheckpointError`: neither, or not loadable; `ExportError`: a run without a stock architecture.
-    """
-    from moe.hf import load
-
-    if (source / "config.json").is_file():
-        return load.from_folder(source)
-    if not (source / "recipe.yaml").is_file():
-        raise CheckpointError(
-            f"{source} is neither a run folder (no recipe.yaml) nor a Hugging Face folder (no config.json). "
-            f"Give a folder made by `turnout train` or `turnout export`."
-        )
-    from moe.checkpoint.read import SavedModel
-
-    saved = SavedModel.open(source, None)
-    return load.from_run(saved.run, saved.names(), saved.pieces, source / "tokenizer")
 
 
 @click.command("generate")
@@ -56,7 +36,7 @@ def command(
     seed: int | None,
     greedy: bool,
 ) -> None:
-    """Continue a prompt with the model of a run folder or a Hugging Face folder."""
+    """Continue a prompt with the model of a run, a Hugging Face folder, or one that `turnout import` made."""
     log.setup()
     with clean_exit():
         sampling = choose_sampling(greedy=greedy, temperature=temperature, top_p=top_p, seed=seed)

@@ -19,6 +19,7 @@ from moe.config import RunConfig, cautions, check_data, check_world
 from moe.data.shards import TokenData
 from moe.engine import ds_config
 from moe.errors import EXIT_STOPPED, ConfigError, ExportError, TurnoutError, clean_exit
+from moe.hf import beginning
 from moe.hf.match import check_exportable
 from moe.recipe import dump, load
 from moe.stop import StopSignal
@@ -51,7 +52,11 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
             f"Choose another run_dir."
         )
-    space.check(run, identity.check(run, data.fingerprint))
+    manifest = identity.check(run, data.fingerprint)
+    space.check(run, manifest)
+    if manifest is None and run.init_from is not None:  # else the checkpoint is what counts
+        beginning.check_tokenizer(data.tokenizer_folder, run.init_from)
+        beginning.begin(run)
     return data
 
 
@@ -79,8 +84,10 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
     from moe.engine.engine import Engine
     from moe.metrics import Meter, Tracker
 
-    _on_the_first_rank(ranks, lambda: _verify_shards(run))
-    engine = Engine.start(run, build(run, ranks), ranks)
+    goes_on = identity.check(run, data.fingerprint) is not None
+    _on_the_first_rank(ranks, lambda: _verify_inputs(run, goes_on))
+    weights = None if goes_on else beginning.begin(run)
+    engine = Engine.start(run, build(run, ranks, weights), ranks)
     state = restore(engine, data.fingerprint)
     # Only now is it sure that this run may write there.
     lock = ExitStack()
@@ -174,9 +181,12 @@ def _on_the_first_rank(ranks: dist.Ranks, work: Callable[[], None]) -> None:
         raise fault
 
 
-def _verify_shards(run: RunConfig) -> None:
+def _verify_inputs(run: RunConfig, goes_on: bool) -> None:
+    """Hash what is read: shards, and the checkpoint that the run begins with."""
     if run.data.verify_hashes:
         TokenData.open(Path(run.data.path), verify=True)
+    if not goes_on:
+        beginning.begin(run, verify=True)
 
 
 def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: ExitStack) -> None:
@@ -242,6 +252,8 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
     say("%s training tokens in %s: %.2f epochs", f"{data.num_tokens('train'):,}", run.data.path, epochs)
     if state.step:
         say("going on from step %d of %d", state.step, run.train.steps)
+    elif run.init_from is not None:
+        say("beginning with the weights of %s", run.init_from)
 
 
 def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:

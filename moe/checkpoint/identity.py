@@ -83,7 +83,7 @@ def counts_by_micro_batch(run: RunConfig) -> bool:
 
 
 def _differences(saved: RunConfig, now: RunConfig) -> list[str]:
-    before, after = _flat(saved.model_dump()), _flat(now.model_dump())
+    before, after = flat(saved.model_dump()), flat(now.model_dump())
     fixed = counts_by_micro_batch(now)
     free_keys = [key for key in LAYOUT if not (fixed and key == "train.micro_batch_size")]
     return [
@@ -94,11 +94,12 @@ def _differences(saved: RunConfig, now: RunConfig) -> list[str]:
     ]
 
 
-def _flat(page: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(page: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested blocks -> one, under dotted keys."""
+    found: dict[str, Any] = {}
     for key, value in page.items():
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
+            found |= flat(value, f"{prefix}{key}.")
         else:
-            flat[f"{prefix}{key}"] = value
-    return flat
+            found[f"{prefix}{key}"] = value
+    return found

@@ -3,23 +3,23 @@
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from moe.checkpoint import folder as folders
 from moe.checkpoint.folder import Manifest
 from moe.checkpoint.keys import Key
 from moe.checkpoint.unmapped import TensorFile
-from moe.config import RunConfig
+from moe.config import ModelConfig, RunConfig
 from moe.errors import CheckpointError
 from moe.model import Transformer
+from moe.model.source import copy
 from moe.recipe import load
 
 _PREFIX = "weight/"
 
 
 class SavedModel:
-    """The float32 master weights of one checkpoint, verified by hash when opened."""
+    """The float32 master weights of one checkpoint, verified when opened: by hash, unless that was done elsewhere."""
 
     def __init__(self, run: RunConfig, folder: Path, manifest: Manifest) -> None:
         self.run = run
@@ -36,31 +36,39 @@ class SavedModel:
     def step(self) -> int:
         return self.manifest.step
 
+    @property
+    def model(self) -> ModelConfig:
+        return self.run.model
+
     @classmethod
-    def open(cls, run_folder: Path, step: int | None = None) -> "SavedModel":
-        """The checkpoint of `step` in a run's folder; None: the newest. Raises `CheckpointError`."""
+    def open(cls, run_folder: Path, step: int | None = None, *, verify: bool = True) -> "SavedModel":
+        """The checkpoint of `step` in a run's folder; None: the newest. Raises `CheckpointError`.
+
+        Without `verify` only the sizes of its files are looked at.
+        """
         step = chosen(run_folder, step)
         folder = folders.step_folder(run_folder, step)
         manifest = folders.read_manifest(folder)
-        folders.verify(folder, manifest)
+        (folders.verify if verify else folders.verify_sizes)(folder, manifest)
         return cls(load(RunConfig, folder / "recipe.yaml"), folder, manifest)
 
     def names(self) -> list[str]:
         """Logical parameter names, experts of a stacked parameter counted as one."""
         return list(self._keys)
 
-    def pieces(self, name: str) -> Iterator[Tensor]:
-        """A parameter, float32, on the CPU: whole, or of a stacked one its experts in order. None is kept."""
+    def pieces(self, name: str, only: range | None = None) -> Iterator[Tensor]:
+        """A parameter, float32, on the CPU: whole, or of a stacked one its experts (`only` those) in order.
+
+        None is kept.
+        """
         if name not in self._keys:
             raise CheckpointError(f"{self.folder} has no parameter {name}.")
-        return map(self._read, self._keys[name])
+        keys = self._keys[name]
+        return map(self._read, keys if only is None else keys[only.start : only.stop])
 
     def into(self, model: Transformer) -> None:
         """Copy every weight and buffer into an unsharded model, in its dtype."""
-        with torch.no_grad():
-            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-                for index, piece in enumerate(self.pieces(name)):
-                    (tensor if piece.shape == tensor.shape else tensor[index]).copy_(piece)
+        copy(model, "", self)
 
     def _read(self, key: str) -> Tensor:
         name = self.manifest.tensors[key].file

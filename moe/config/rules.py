@@ -212,7 +212,7 @@ def _balance(run: RunConfig) -> list[str]:
             f"balance.bias_update_rate is {balance.bias_update_rate}, but model.moe.selection_bias is false: there "
             f"is no bias to move. Set model.moe.selection_bias=true, or balance.bias_update_rate=0."
         )
-    if moe.selection_bias and not balance.bias_update_rate:
+    if moe.selection_bias and not balance.bias_update_rate and run.init_from is None:
         faults.append(
             "model.moe.selection_bias is true, but balance.bias_update_rate is 0: the bias starts at zero and "
             "nothing would move it, so it has no effect. Set balance.bias_update_rate (such as 0.001), "

@@ -150,6 +150,9 @@ class RunConfig(Section):
     """The run's folder; null: runs/NAME."""
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 0
     """Seed of initialisation and data order."""
+    init_from: PathText | None = None
+    """Folder whose weights the run begins with: a Hugging Face folder, one that `turnout import` made, or a run's,
+    whose newest checkpoint counts; null: weights are drawn from the seed."""
     model: ModelConfig
     data: DataConfig
     train: TrainConfig

@@ -10,16 +10,18 @@ from moe.dist import Ranks
 from moe.engine import ds_config
 from moe.engine.groups import adopt, partition_experts_by_group
 from moe.engine.library import deepspeed
-from moe.errors import ConfigError
-from moe.model import SequenceGroup, Transformer, count, initialize
+from moe.errors import CheckpointError, ConfigError
+from moe.model import SequenceGroup, Transformer, count
 from moe.model.init import fill
+from moe.model.source import Weights, copy, materialize
 from moe.sparse import Capacity, ExpertLayout, deepep
 
 
-def build(run: RunConfig, ranks: Ranks) -> Transformer:
-    """The model of a run, its weights drawn from the seed. Collective; raises `ConfigError` if memory is short.
+def build(run: RunConfig, ranks: Ranks, weights: Weights | None = None) -> Transformer:
+    """The model of a run, its weights copied from `weights`, or drawn from the seed. Collective.
 
-    No rank ever holds all experts. Under ZeRO 3 no rank ever holds more than one layer whole.
+    Raises `ConfigError` if memory is short, `CheckpointError` if `weights` cannot be read. No rank ever holds, or
+    reads, all experts. Under ZeRO 3 no rank ever holds more than one layer whole.
     """
     layout = ExpertLayout(
         run.model.moe.num_experts if run.model.moe else 1,
@@ -36,9 +38,9 @@ def build(run: RunConfig, ranks: Ranks) -> Transformer:
             recompute, capacity = run.train.activation_recomputation, Capacity.of(run.balance)
             model = Transformer(run.model, layout, recompute, capacity, dispatcher, sequence_group)
         if sharded:
-            _fill_and_shard(model, run, ranks)
+            _fill_and_shard(model, run, ranks, weights)
         else:
-            initialize(model, run.seed)
+            _fill(model, "", run, weights)
     except (RuntimeError, MemoryError) as error:  # torch's allocator says no
         raise ConfigError(
             f"model: {count(run.model, run.data.sequence_length).sentence()}, which this rank cannot hold ({error}). "
@@ -47,8 +49,20 @@ def build(run: RunConfig, ranks: Ranks) -> Transformer:
     return model
 
 
-def _fill_and_shard(model: Transformer, run: RunConfig, ranks: Ranks) -> None:
-    """Give memory to one part after the other, draw its weights, and leave this rank's piece of each."""
+def _fill(part: nn.Module, place: str, run: RunConfig, weights: Weights | None) -> None:
+    """Draw or copy the weights of the model's part that stands at `place`."""
+    if weights is None:
+        fill(part, place, run.model, run.seed)
+        return
+    try:
+        copy(part, place, weights)
+    except CheckpointError as error:
+        error.local = True  # other ranks read other experts
+        raise
+
+
+def _fill_and_shard(model: Transformer, run: RunConfig, ranks: Ranks, weights: Weights | None) -> None:
+    """Give memory to one part after the other, fill it, and leave this rank's piece of each."""
     os.environ.setdefault("LOCAL_RANK", str(ranks.local_rank))
     deepspeed.init_distributed(dist_init_required=False)
     config = ds_config.make(run, check_world(run, ranks.world_size))
@@ -60,22 +74,9 @@ def _fill_and_shard(model: Transformer, run: RunConfig, ranks: Ranks) -> None:
     further = [(f"predictions.{index}", module) for index, module in enumerate(model.predictions)]
     parts = [("embed", model.embed), *layers, ("norm", model.norm), *further, ("head", model.head)]
     for name, part in parts:
-        _materialize(part, ranks.device, made)
-        fill(part, name, run.model, run.seed)
+        materialize(part, ranks.device, torch.float32, made)
+        _fill(part, name, run, weights)
         for parameter in part.parameters():
             if not hasattr(parameter, "ds_id"):  # a tied weight has its pieces already
                 parameter.data = parameter.data.to(dtype)
         deepspeed.zero.Init(module=part, config_dict_or_path=config)
-
-
-def _materialize(part: nn.Module, device: torch.device, made: dict[nn.Parameter, nn.Parameter]) -> None:
-    """Replace what is on the meta device: weights uninitialised, buffers zero, as selection biases begin."""
-    for module in part.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter not in made:
-                fresh = nn.Parameter(torch.empty(parameter.shape, dtype=torch.float32, device=device))
-                vars(fresh).update(vars(parameter))  # DeepSpeed's marks
-                made[parameter] = fresh
-            setattr(module, name, made[parameter])
-        for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, torch.zeros_like(buffer, device=device))

@@ -1,8 +1,9 @@
 """A Hugging Face folder and saved logits -> how far stock `transformers` is from them; a process of its own.
 
-`python -P compare.py FOLDER REFERENCE REPORT` needs only torch, transformers and safetensors, any version of them
-that can read the folder. REFERENCE is a safetensors file with `input_ids_BS` (int64) and `logits_BSV` (float32);
-REPORT is written as JSON: the fields of `moe.hf.verify.Comparison`. Nothing of ours is imported here.
+`python -P compare.py FOLDER REFERENCE REPORT [DTYPE]` needs only torch, transformers and safetensors, any version of
+them that can read the folder. REFERENCE is a safetensors file with `input_ids_BS` (int64) and `logits_BSV` (float32);
+REPORT is written as JSON: the fields of `moe.hf.verify.Comparison`. With DTYPE (`bfloat16`) the folder's parameters
+are rounded to it first. Nothing of ours is imported here.
 """
 
 import json
@@ -12,8 +13,11 @@ from pathlib import Path
 from typing import Any
 
 
-def measure(folder: Path, reference: Path) -> dict[str, Any]:
-    """Load `folder` in float32 with `AutoModelForCausalLM`, run the reference's sequences, compare logits."""
+def measure(folder: Path, reference: Path, rounded_to: str = "float32") -> dict[str, Any]:
+    """Load `folder` in float32 with `AutoModelForCausalLM`, run the reference's sequences, compare logits.
+
+    Parameters, but no buffers, are rounded to `rounded_to` in between.
+    """
     import torch
     import transformers
     from safetensors.torch import load_file
@@ -24,6 +28,8 @@ def measure(folder: Path, reference: Path) -> dict[str, Any]:
     model, loading = transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, output_loading_info=True, local_files_only=True, **choice
     )
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(getattr(torch, rounded_to)).float()
     with torch.inference_mode():
         theirs_BSV = model.eval()(input_ids=saved["input_ids_BS"]).logits.double()
     ours_BSV = saved["logits_BSV"].double()
@@ -55,7 +61,7 @@ def main() -> None:
     """Run the comparison that the command line names."""
     os.environ["HF_HUB_OFFLINE"] = "1"
     folder, reference, report = (Path(argument) for argument in sys.argv[1:4])
-    report.write_text(json.dumps(measure(folder, reference)), encoding="utf-8")
+    report.write_text(json.dumps(measure(folder, reference, *sys.argv[4:5])), encoding="utf-8")
 
 
 if __name__ == "__main__":

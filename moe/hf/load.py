@@ -1,19 +1,48 @@
-"""A Hugging Face folder, or a saved run -> a stock model and tokenizer, ready to generate."""
+"""A Hugging Face folder, a native one or a saved run -> a `transformers` model and tokenizer, ready to generate."""
 
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from moe.config import RunConfig
-from moe.errors import CheckpointError
+from moe.errors import CheckpointError, ConfigError, ExportError
 from moe.hf.convert import check_names, disk_tensors, moves
 from moe.hf.match import family_of
+from moe.hf.native import is_native, read_config
 from moe.hf.pages import config_page, special_tokens
 
 if TYPE_CHECKING:
     from collections.abc import Collection
 
+    from moe.checkpoint.read import SavedModel
     from moe.hf.convert import Read
+
+
+def open_model(source: Path, step: int | None = None) -> tuple[Any, Any]:
+    """A `PreTrainedModel` and its tokenizer from a run (its newest checkpoint, or that of `step`), a Hugging Face
+    folder or a native one.
+
+    Stock code runs what has a stock architecture, native folders aside; the rest is a `TurnoutForCausalLM`. Raises
+    `CheckpointError`: none of these, or not loadable; `ConfigError`: a step of what is no run.
+    """
+    if (source / "config.json").is_file():
+        if step is not None:
+            raise ConfigError(f"--step is {step}, but {source} is no run: it has no steps. Remove it.")
+        if is_native(read_config(source)):
+            import moe.hf.auto  # noqa: F401  makes the loader know them
+        return from_folder(source)
+    if not (source / "recipe.yaml").is_file():
+        raise CheckpointError(
+            f"{source} is neither a run folder (no recipe.yaml) nor a Hugging Face folder (no config.json). "
+            f"Give a folder made by `turnout train`, `turnout export` or `turnout import`."
+        )
+    from moe.checkpoint.read import SavedModel
+
+    saved = SavedModel.open(source, step)
+    try:
+        return from_run(saved.run, saved.names(), saved.pieces, source / "tokenizer")
+    except ExportError:
+        return _ours(saved, source / "tokenizer")
 
 
 def from_folder(folder: Path) -> tuple[Any, Any]:
@@ -51,6 +80,21 @@ def from_run(run: RunConfig, names: "Collection[str]", read: "Read", tokenizer: 
         None, config=config, state_dict=dict(disk_tensors(plan, read)), dtype=torch.float32
     )
     return model.eval(), tokenizer_from(tokenizer)
+
+
+def _ours(saved: "SavedModel", tokenizer: Path) -> tuple[Any, Any]:
+    """A run whose model has no stock architecture."""
+    from dataclasses import asdict
+
+    _quiet()
+    from moe.hf.auto import TurnoutForCausalLM
+    from moe.model import Transformer
+
+    transformer = Transformer(saved.model)
+    saved.into(transformer)
+    return TurnoutForCausalLM.of(transformer, **asdict(special_tokens(tokenizer))).eval(), tokenizer_from(
+        tokenizer
+    )
 
 
 def tokenizer_from(folder: Path) -> Any:

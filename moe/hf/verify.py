@@ -52,40 +52,66 @@ class Comparison:
         return finite and not self.wrong_keys and self.relative_difference <= TOLERANCE
 
 
+@dataclass(frozen=True)
+class Words:
+    """How errors name what is compared."""
+
+    folder: str = "the export"
+    ours: str = "the trained model"
+    consequence: str = "nothing was exported"
+
+
 def verify(
-    folder: Path, model: ModelConfig, read: "Read", dtype: Dtype, *, python: str = sys.executable
+    folder: Path,
+    model: ModelConfig,
+    read: "Read",
+    dtype: Dtype,
+    *,
+    rounded: bool = False,
+    words: Words = Words(),
+    python: str = sys.executable,
 ) -> Comparison:
     """`measure`, which must find the two equal.
 
-    Ours runs on the weights rounded to `dtype`, as they are on disk, so one tolerance holds for both. Raises
-    `ExportError`: stock code cannot load the folder, or `Comparison.equal` is false.
+    Ours runs on the weights rounded to `dtype`, as they are on disk, so one tolerance holds for both; with `rounded`
+    theirs are rounded too. Raises `ExportError`: stock code cannot load the folder, or `Comparison.equal` is false.
     """
-    result = measure(folder, model, read, dtype, python=python)
+    result = measure(folder, model, read, dtype, rounded=rounded, words=words, python=python)
     if not result.equal:
         keys = (
             f", and these names do not match: {', '.join(result.wrong_keys[:5])}" if result.wrong_keys else ""
         )
         raise ExportError(
-            f"transformers {result.transformers} differs from the trained model by {result.max_difference:.3g} with "
+            f"transformers {result.transformers} differs from {words.ours} by {result.max_difference:.3g} with "
             f"logits up to {result.logit_scale:.3g} (relative {result.relative_difference:.1e}, allowed "
-            f"{TOLERANCE:.0e}; KL {result.kl:.1e}){keys}: nothing was exported. Please report the recipe as a bug."
+            f"{TOLERANCE:.0e}; KL {result.kl:.1e}){keys}: {words.consequence}. Please report the recipe as a bug."
         )
     return result
 
 
 def measure(
-    folder: Path, model: ModelConfig, read: "Read", dtype: Dtype, *, python: str = sys.executable
+    folder: Path,
+    model: ModelConfig,
+    read: "Read",
+    dtype: Dtype,
+    *,
+    rounded: bool = False,
+    words: Words = Words(),
+    python: str = sys.executable,
 ) -> Comparison:
     """Compare the logits of `folder`, loaded by a fresh `python` with stock code, with those of our `Transformer`.
 
-    Raises `ExportError`: stock code cannot load the folder.
+    `rounded` and `words` as in `verify`. Raises `ExportError`: stock code cannot load the folder.
     """
     with tempfile.TemporaryDirectory(prefix="turnout-verify-") as scratch:
         reference, report = Path(scratch) / "reference.safetensors", Path(scratch) / "report.json"
         save_reference(reference, model, read, dtype)
         # -P: this script's siblings must not hide standard modules.
         child = subprocess.run(
-            [python, "-P", compare.__file__, str(folder), str(reference), str(report)],
+            [
+                *(python, "-P", compare.__file__, str(folder), str(reference), str(report)),
+                *([TORCH_NAMES[dtype]] if rounded else []),
+            ],
             env={**os.environ, "HF_HUB_OFFLINE": "1"},
             capture_output=True,
             text=True,
@@ -93,7 +119,9 @@ def measure(
         )
         if child.returncode or not report.is_file():
             last = child.stderr.strip().splitlines()[-1:] or [f"exit code {child.returncode}"]
-            raise ExportError(f"stock transformers cannot load the export ({last[0]}): nothing was exported.")
+            raise ExportError(
+                f"stock transformers cannot load {words.folder} ({last[0]}): {words.consequence}."
+            )
         return Comparison(**json.loads(report.read_text(encoding="utf-8")))
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 _INDEX = "model.safetensors.index.json"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-_TOKENIZER_FILES = (
+TOKENIZER_FILES = (
     "tokenizer*",
     "special_tokens_map.json",
     "added_tokens.json",
@@ -148,7 +148,7 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
     if not (source / "config.json").is_file():
         shutil.copytree(source, folder, dirs_exist_ok=True, ignore=hidden)
         return
-    for path in sorted(path for pattern in _TOKENIZER_FILES for path in source.glob(pattern)):
+    for path in sorted(path for pattern in TOKENIZER_FILES for path in source.glob(pattern)):
         if path.is_dir():
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True, ignore=hidden)
         else:
@@ -219,7 +219,7 @@ def _refuse_existing(target: Path) -> None:
         return
     if target.exists() or target.is_symlink():
         raise ExportError(
-            f"{target} exists already, and an export never overwrites. Choose another --to, or remove it."
+            f"{target} exists already, and turnout never overwrites a model. Choose another --to, or remove it."
         )
 
 
