@@ -1,6 +1,7 @@
 """checkpoints/step_N -> the weights alone, on demand, whole, on any machine; no engine needed."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,6 +15,7 @@ from moe.config import RunConfig
 from moe.errors import CheckpointError
 from moe.model import Transformer
 from moe.recipe import load
+from moe.sparse import lora
 
 _PREFIX = "weight/"
 
@@ -46,11 +48,27 @@ class SavedModel:
         return cls(load(RunConfig, folder / "recipe.yaml"), folder, manifest)
 
     def names(self) -> list[str]:
-        """Logical parameter names, experts of a stacked parameter counted as one."""
-        return list(self._keys)
+        """Logical parameter names, experts of a stacked parameter counted as one; no adapters."""
+        return [name for name in self._keys if not lora.is_adapter(name)]
 
     def pieces(self, name: str) -> Iterator[Tensor]:
-        """A parameter, float32, on the CPU: whole, or of a stacked one its experts in order. None is kept."""
+        """A parameter, float32, on the CPU: whole, or of a stacked one its experts in order. None is kept.
+
+        An adapted one comes with its adapter merged into it.
+        """
+        stored = self.stored(name)
+        if name + lora.A not in self._keys:
+            return stored
+        assert self.run.lora is not None
+        halves = self.stored(name + lora.A), self.stored(name + lora.B)
+        return map(partial(lora.merged, scale=self.run.lora.scale), stored, *halves)
+
+    def adapted(self) -> list[str]:
+        """Names of the parameters that have an adapter."""
+        return [name for name in self.names() if name + lora.A in self._keys]
+
+    def stored(self, name: str) -> Iterator[Tensor]:
+        """As `pieces`, but as it was trained: a frozen weight without its adapter, or half of an adapter."""
         if name not in self._keys:
             raise CheckpointError(f"{self.folder} has no parameter {name}.")
         return map(self._read, self._keys[name])

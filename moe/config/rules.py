@@ -5,6 +5,7 @@ from typing import Protocol
 
 from moe.config.base import refuse
 from moe.config.guard import guard_faults
+from moe.config.lora import lora_faults
 from moe.config.parallel import parallel_faults
 from moe.config.run import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig
 from moe.config.sequence import sequence_faults, sequence_sizes
@@ -30,6 +31,7 @@ def check(run: RunConfig) -> None:
             *parallel_faults(run),
             *sequence_faults(run),
             *_balance(run),
+            *lora_faults(run.lora, run.model, run.balance.bias_update_rate),
             *_checkpoint(run),
         ]
     )
@@ -195,7 +197,7 @@ def _balance(run: RunConfig) -> list[str]:
             f"balance.bias_update_rate is {balance.bias_update_rate}, but model.moe.selection_bias is false: there "
             f"is no bias to move. Set model.moe.selection_bias=true, or balance.bias_update_rate=0."
         )
-    if moe.selection_bias and not balance.bias_update_rate:
+    if moe.selection_bias and not balance.bias_update_rate and run.lora is None:
         faults.append(
             "model.moe.selection_bias is true, but balance.bias_update_rate is 0: the bias starts at zero and "
             "nothing would move it, so it has no effect. Set balance.bias_update_rate (such as 0.001), "

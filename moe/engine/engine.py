@@ -45,7 +45,7 @@ class Engine:
         self.model = model
         self.wrapped = wrapped
         """DeepSpeed's engine."""
-        self.homes = homes(wrapped.optimizer, run.parallel.zero_stage)
+        self.homes = homes(wrapped.optimizer, run.parallel.zero_stage, model)
         self._gate = None
         if run.train.guard.skips:
             self._gate = Gate(getattr(wrapped.optimizer, "optimizer", wrapped.optimizer))
