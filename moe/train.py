@@ -205,7 +205,7 @@ def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: Exi
 def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainState") -> None:
     if not ranks.speaks:
         return
-    from moe.model import count, kept_by_experts
+    from moe.model import count, kept_by_experts, lora
 
     say = log.get().info
     sharing, zero = run.parallel.sequence_parallel_size, run.parallel.zero_stage
@@ -217,6 +217,9 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
     for caution in cautions(run.model):
         log.get().warning(caution)
     say("%s: %s", run.name, count(run.model, run.data.sequence_length).sentence())
+    if run.lora is not None:
+        total = count(run.model, run.data.sequence_length).total_parameters
+        say("%s", lora.sentence(lora.trained(run.model, run.lora), total))
     if run.model.moe is not None:
         kept = kept_by_experts(run.model, run.train.precision, run.train.activation_recomputation)
         say(
