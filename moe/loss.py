@@ -23,6 +23,8 @@ class Totals:
     """Over all ranks; ranks that share sequences have one together."""
     counts_LE: Tensor | None = None
     """int64: choices per sparse layer and expert; needed by the global-batch loss alone."""
+    num_predictions: Tensor | None = None
+    """Tokens that count in the cross-entropy; float scalar; None: all that are unmasked."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Losses:
     total: Tensor
     """What is differentiated: cross-entropy plus the weighted balancing losses, summed over layers."""
     cross_entropy: Tensor
-    """Nats per token."""
+    """Nats per token that is predicted."""
     load_balancing: Tensor
     """Mean over sparse layers of the loss with the widest scope in use, unweighted; 1 is balance."""
     router_z: Tensor
@@ -50,7 +52,8 @@ def losses(
 
     `choices_LBE` are `choices` of the whole sequences where only some of their positions are here.
     """
-    cross_entropy = output.cross_entropy / totals.num_tokens
+    predictions = totals.num_tokens if totals.num_predictions is None else totals.num_predictions
+    cross_entropy = output.cross_entropy / predictions
     if not output.records:
         nothing = torch.zeros_like(cross_entropy).detach()
         return Losses(cross_entropy, cross_entropy.detach(), nothing, nothing)

@@ -239,10 +239,14 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
         run.data.sequence_length,
         accumulation,
     )
-    epochs = (
-        run.train.steps * run.train.global_batch_size * run.data.sequence_length / data.num_tokens("train")
-    )
-    say("%s training tokens in %s: %.2f epochs", f"{data.num_tokens('train'):,}", run.data.path, epochs)
+    sequences = run.train.steps * run.train.global_batch_size
+    if data.is_chat:
+        number = data.num_documents("train")
+        say("%s conversations in %s: %.2f epochs", f"{number:,}", run.data.path, sequences / number)
+    else:
+        number = data.num_tokens("train")
+        epochs = sequences * run.data.sequence_length / number
+        say("%s training tokens in %s: %.2f epochs", f"{number:,}", run.data.path, epochs)
     if state.step:
         say("going on from step %d of %d", state.step, run.train.steps)
 

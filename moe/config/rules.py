@@ -100,6 +100,8 @@ class DataFacts(Protocol):
 
     def num_tokens(self, split: str) -> int: ...
 
+    def longest_conversation(self) -> int | None: ...
+
 
 def check_data(run: RunConfig, data: DataFacts) -> None:
     """Raise `ConfigError` if the model or the batch does not fit the prepared data."""
@@ -110,7 +112,9 @@ def check_data(run: RunConfig, data: DataFacts) -> None:
             f"{data.vocab_size} tokens: each needs a row. Set model.vocab_size={data.vocab_size} or more."
         )
     tokens, needed = data.num_tokens("train"), run.data.sequence_length + 1
-    if tokens < needed:
+    if (longest := data.longest_conversation()) is not None:
+        faults += _longest(run, longest)
+    elif tokens < needed:
         faults.append(
             f"data.sequence_length is {run.data.sequence_length}, but the training split of {run.data.path} has "
             f"{tokens} tokens: it must hold at least one sequence and its next token. "
@@ -122,6 +126,16 @@ def check_data(run: RunConfig, data: DataFacts) -> None:
             f"Prepare it with validation.fraction above 0, or remove train.evaluate_every."
         )
     refuse(faults)
+
+
+def _longest(run: RunConfig, longest: int) -> list[str]:
+    length = run.data.sequence_length
+    if longest <= length + 1:
+        return []
+    return [
+        f"data.sequence_length is {length}, but the longest conversation of {run.data.path} has {longest} tokens: none "
+        f"is cut. Use data.sequence_length={longest - 1} or more, or prepare with a max_tokens of the chat source."
+    ]
 
 
 def _sequence(run: RunConfig) -> list[str]:
