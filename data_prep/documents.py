@@ -65,6 +65,10 @@ class Account:
     def keeps(self, document: Document) -> None:
         _add(self.kept, document.num_bytes)
 
+    def drops(self, document: Document, reason: str) -> None:
+        """A document that was read as one, but cannot be trained on."""
+        _add(self.dropped.setdefault(reason, Counter()), document.num_bytes)
+
     def close(self, source: str, digest: str | None) -> SourceFacts:
         """The account for the manifest, balanced to the byte."""
         fates = [self.kept, *self.dropped.values()]

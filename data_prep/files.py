@@ -10,8 +10,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from data_prep.chat import conversation
 from data_prep.documents import Document, Dropped, Source, from_bytes, from_text
-from data_prep.recipe import JsonlSource, ParquetSource, TextSource
+from data_prep.recipe import ChatSource, JsonlSource, ParquetSource, TextSource
 from moe.errors import DataError
 
 _CHUNK = 1 << 20
@@ -31,6 +32,11 @@ def jsonl(config: JsonlSource) -> Source:
 def parquet(config: ParquetSource) -> Source:
     """A row is a document."""
     return _source("parquet", config.paths, partial(_rows, text_field=config.text_field))
+
+
+def chat(config: ChatSource) -> Source:
+    """A line is a conversation, its text the messages as JSON."""
+    return _source("chat", config.paths, partial(_conversations, field=config.messages_field))
 
 
 def _source(kind: str, patterns: list[str], read: Any) -> Source:
@@ -64,28 +70,45 @@ def _texts(path: Path, separator: str | None) -> Iterator[Document | Dropped]:
 
 
 def _lines(path: Path, text_field: str) -> Iterator[Document | Dropped]:
+    for where, item in _documents_in(path):
+        yield item if isinstance(item, Dropped) else _from_json(item.text, text_field, where)
+
+
+def _conversations(path: Path, field: str) -> Iterator[Document | Dropped]:
+    for where, item in _documents_in(path):
+        if isinstance(item, Dropped):
+            yield item
+        else:
+            yield conversation(_value(item.text, field, where, "messages_field"), item.num_bytes, where)
+
+
+def _documents_in(path: Path) -> Iterator[tuple[str, Document | Dropped]]:
+    """(where, the line) for each that is not blank."""
     for number, line in enumerate(_split(_chunks(path), b"\n"), start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
-        if not line.strip():
-            continue
-        item = from_bytes(line)
-        yield item if isinstance(item, Dropped) else _from_json(item.text, text_field, f"{path}:{number}")
+        if line.strip():
+            yield f"{path}:{number}", from_bytes(line)
 
 
-def _from_json(line: str, text_field: str, where: str) -> Document | Dropped:
+def _value(line: str, key: str, where: str, setting: str) -> Any:
+    """What stands under `key`, which the source's `setting` names."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise DataError(
             f"{where}: this line is not JSON ({error}). Mend or remove it; a file that was cut ends like this."
         ) from None
-    if not isinstance(row, dict) or text_field not in row:
+    if not isinstance(row, dict) or key not in row:
         keys = ", ".join(map(repr, row)) if isinstance(row, dict) else f"no object but {row!r:.40}"
         raise DataError(
-            f"{where}: there is no {text_field!r} in this line, only {keys}. Set the source's text_field."
+            f"{where}: there is no {key!r} in this line, only {keys}. Set the source's {setting}."
         )
-    value = row[text_field]
+    return row[key]
+
+
+def _from_json(line: str, text_field: str, where: str) -> Document | Dropped:
+    value = _value(line, text_field, where, "text_field")
     if value is not None and not isinstance(value, str):
         raise DataError(
             f"{where}: {text_field!r} is {value!r:.60}, but a document must be a string. Set the source's text_field."

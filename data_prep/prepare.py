@@ -9,11 +9,13 @@ from typing import Any
 import xxhash
 
 from data_prep import files, output, vocabulary
+from data_prep.chat import ChatTokenizer
 from data_prep.documents import Account, Document, Dropped, Source, nothing_left
 from data_prep.hub import hub
 from data_prep.progress import watched
 from data_prep.recipe import (
     BpeTokenizer,
+    ChatSource,
     DataRecipe,
     HubSource,
     JsonlSource,
@@ -77,7 +79,7 @@ def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
 
 
 def _open(
-    config: StdlibSource | TextSource | JsonlSource | ParquetSource | HubSource,
+    config: StdlibSource | TextSource | JsonlSource | ParquetSource | HubSource | ChatSource,
 ) -> Source:
     match config:
         case StdlibSource():
@@ -90,6 +92,8 @@ def _open(
             return files.parquet(config)
         case HubSource():
             return hub(config)
+        case ChatSource():
+            return files.chat(config)
 
 
 def _identity(recipe: DataRecipe) -> dict[str, Any]:
@@ -137,10 +141,13 @@ def _write(
         writers = {split: SplitWriter(folder, split, dtype, recipe.shard_tokens) for split in _SPLITS}
         for writer in writers.values():
             stack.callback(writer.abandon)
-        accounts = [
-            _encode(source, digest, ready, writers, recipe.validation)
-            for source, digest in zip(sources, digests, strict=True)
-        ]
+        if recipe.is_chat:
+            accounts = _encode_chat(recipe, sources, digests, ChatTokenizer(folder / TOKENIZER_NAME), writers)
+        else:
+            accounts = [
+                _encode(source, digest, ready, writers, recipe.validation)
+                for source, digest in zip(sources, digests, strict=True)
+            ]
         facts = {split: writer.close() for split, writer in writers.items()}
     _check_splits(recipe, facts, accounts)
     return Manifest(
@@ -168,6 +175,31 @@ def _encode(
             writers[_split(document, validation)].add(ids, document.num_bytes)
             account.keeps(document)
     return account.close(source.name, digest)
+
+
+def _encode_chat(
+    recipe: DataRecipe,
+    sources: Sequence[Source],
+    digests: Sequence[str | None],
+    tokenizer: ChatTokenizer,
+    writers: dict[Split, SplitWriter],
+) -> list[SourceFacts]:
+    accounts = []
+    for config, source, digest in zip(recipe.sources, sources, digests, strict=True):
+        assert isinstance(config, ChatSource)
+        account = Account()
+        for item in watched(source.items(), f"encoding {source.name}"):
+            account.reads(item)
+            if isinstance(item, Dropped):
+                continue
+            found = tokenizer.encode(item, config.max_tokens)
+            if isinstance(found, Dropped):
+                account.drops(item, found.reason)
+            else:
+                writers[_split(item, recipe.validation)].add(found.ids, found.num_bytes, found.mask)
+                account.keeps(item)
+        accounts.append(account.close(source.name, digest))
+    return accounts
 
 
 def _batches(items: Iterable[Document | Dropped]) -> Iterator[list[Document | Dropped]]:

@@ -65,8 +65,24 @@ class HubSource(Section):
     """Rows to read from the beginning; null: all."""
 
 
+class ChatSource(Section):
+    """Conversations, one JSON object a line, also .gz and .zst: {"messages": [{"role": ..., "content": ...}, ...]}.
+
+    They become tokens by the chat template of the tokenizer, and only what the assistant wrote is predicted.
+    """
+
+    type: Literal["chat"]
+    paths: Patterns
+    """Files or glob patterns, from the working folder; ** matches folders within folders."""
+    messages_field: NonEmpty = "messages"
+    """Key of the list of messages in each object."""
+    max_tokens: Annotated[int, Field(ge=2, le=2**31 - 1)] | None = None
+    """Drop conversations of more tokens, since none is ever cut; null: keep all."""
+
+
 Source = Annotated[
-    StdlibSource | TextSource | JsonlSource | ParquetSource | HubSource, Field(discriminator="type")
+    StdlibSource | TextSource | JsonlSource | ParquetSource | HubSource | ChatSource,
+    Field(discriminator="type"),
 ]
 
 
@@ -123,6 +139,23 @@ class DataRecipe(Section):
     """What is held out from training."""
     shard_tokens: PositiveInt = 100_000_000
     """A shard ends with the document that brings it to so many tokens."""
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether documents are conversations."""
+        return any(isinstance(source, ChatSource) for source in self.sources)
+
+    @model_validator(mode="after")
+    def _conversations_have_a_template(self) -> "DataRecipe":
+        if not self.is_chat:
+            return self
+        if not all(isinstance(source, ChatSource) for source in self.sources):
+            raise ValueError("chat and text cannot be mixed in one folder: prepare them into two")
+        if not isinstance(self.tokenizer, ExistingTokenizer):
+            raise ValueError(
+                "chat needs a tokenizer made before, with a chat template: use tokenizer type file and a folder"
+            )
+        return self
 
     @property
     def folder(self) -> Path:

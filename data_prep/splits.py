@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from moe.data.shards import PairWriter, ShardFacts, Split, SplitFacts
+from moe.data.shards import MaskWriter, PairWriter, ShardFacts, Split, SplitFacts
 
 
 class SplitWriter:
@@ -13,14 +13,23 @@ class SplitWriter:
         self._folder, self._dtype, self._limit = folder, dtype, shard_tokens
         self._shards: list[ShardFacts] = []
         self._pair: PairWriter | None = None
+        self._mask: MaskWriter | None = None
         self._num_bytes = 0
 
-    def add(self, ids: list[int], num_bytes: int) -> None:
-        """Append a document; `num_bytes` is the length of its text."""
+    def add(self, ids: list[int], num_bytes: int, mask: list[int] | None = None) -> None:
+        """Append a document; `num_bytes` is the length of its text that is predicted, all if there is no `mask`.
+
+        `mask` has a 1 for each token that is; all documents come with one, or none.
+        """
         if self._pair is None:
             prefix = self._folder / f"{self.split}-{len(self._shards):05d}"
             self._pair = PairWriter(prefix, self._dtype)
+            self._mask = MaskWriter(prefix) if mask is not None else None
         self._pair.add(ids)
+        assert (self._mask is None) == (mask is None)
+        if self._mask is not None and mask is not None:
+            assert len(mask) == len(ids)
+            self._mask.add(mask)
         self._num_bytes += num_bytes
         if self._pair.num_tokens >= self._limit:
             self._finish(self._pair)
@@ -42,6 +51,8 @@ class SplitWriter:
         """Let go of the open file."""
         if self._pair is not None:
             self._pair.abandon()
+        if self._mask is not None:
+            self._mask.abandon()
 
     def _finish(self, pair: PairWriter) -> None:
         bin_stamp, idx_stamp = pair.close()
@@ -52,6 +63,7 @@ class SplitWriter:
                 tokens=pair.num_tokens,
                 bin=bin_stamp,
                 idx=idx_stamp,
+                mask=self._mask.close() if self._mask is not None else None,
             )
         )
-        self._pair = None
+        self._pair = self._mask = None

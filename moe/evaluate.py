@@ -12,6 +12,7 @@ import torch
 from moe import figures, log
 from moe.checkpoint.read import SavedModel
 from moe.config import RunConfig, cautions, check_data
+from moe.data.conversations import Conversations
 from moe.data.loader import validation_batches
 from moe.data.shards import TokenData
 from moe.errors import CheckpointError, ConfigError, DataError, clean_exit
@@ -32,7 +33,7 @@ class Evaluation:
     loss: float
     """Nats per token."""
     bits_per_byte: float
-    """Of the documents' UTF-8 text; the ends of documents are predicted too."""
+    """Of the documents' UTF-8 text; the ends of documents are predicted too. Of chat: of what the assistant wrote."""
     unigram_bits_per_byte: float
     """Of a model that knows only the training split's token frequencies (add one)."""
     tokens: int
@@ -68,7 +69,7 @@ def evaluate(run_folder: Path, step: int | None = None, batch_size: int = 16) ->
             ids, labels, mask = (t.to(device) for t in (batch.input_ids_BS, batch.labels_BS, batch.mask_BS))
             output = model(ids, labels, mask)
             nats += float(output.cross_entropy)
-            tokens += int(mask.sum())
+            tokens += batch.num_predictions
             if (here_LE := local_load(output)) is not None:
                 load_LE = here_LE[:, :-1] + (0 if load_LE is None else load_LE)
     num_bytes = data.num_bytes("validation")
@@ -93,6 +94,10 @@ def unigram_nats(data: TokenData) -> float:
 
 def _counts(data: TokenData, split: str, start: int) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
     counts = np.zeros(data.vocab_size, dtype=np.int64)
+    if data.is_chat:
+        for ids_N, written_N in Conversations(data, split):
+            counts += np.bincount(ids_N[written_N == 1], minlength=data.vocab_size)
+        return counts
     end = data.num_tokens(split)
     for begin in range(start, end, _UNIGRAM_BLOCK):
         tokens = data.tokens(split, begin, min(begin + _UNIGRAM_BLOCK, end))

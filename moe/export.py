@@ -1,4 +1,7 @@
-"""A saved run, or a native folder -> a Hugging Face folder: `turnout export RUN_OR_DIR --to DIR`."""
+"""A saved run, or a native folder -> a Hugging Face folder: `turnout export RUN_OR_DIR --to DIR`.
+
+Adapters are merged into the weights, or written for `peft` with `--adapter`.
+"""
 
 import json
 from dataclasses import asdict, dataclass
@@ -8,9 +11,10 @@ from typing import TYPE_CHECKING
 import click
 
 from moe import figures, log
-from moe.errors import ConfigError, clean_exit
+from moe.errors import ConfigError, ExportError, clean_exit
 
 if TYPE_CHECKING:
+    from moe.config.lora import Target
     from moe.hf.pages import Dtype
     from moe.hf.verify import Comparison
     from moe.hf.write import Written
@@ -33,6 +37,22 @@ class ExportResult:
     weight_files: tuple[str, ...]
     comparison: "Comparison | None"
     """Against stock transformers; None unless verified."""
+    trained_by_target: "dict[Target, int] | None" = None
+    """Parameters of the adapters that were merged; None for a run without."""
+
+
+@dataclass(frozen=True)
+class AdapterResult:
+    """A folder of adapters that is in its place."""
+
+    folder: str
+    architecture: str
+    step: int
+    dtype: str
+    num_tensors: int
+    num_bytes: int
+    """Of the weights."""
+    trained_by_target: "dict[Target, int]"
 
 
 def export(
@@ -50,8 +70,9 @@ def export(
     `CheckpointError`: no such run, step or folder; `ConfigError`: a step of a folder; `ExportError`: no stock
     architecture, no tokenizer, `to` is taken, or the logits differ.
     """
+    from moe.checkpoint.read import SavedModel
+    from moe.hf import adapter, write
     from moe.hf import verify as verification
-    from moe.hf import write
 
     with write.new_folder(to) as folder:
         weights, written, step = (_folder if (source / "config.json").is_file() else _run)(
@@ -68,6 +89,41 @@ def export(
         num_bytes=written.num_bytes,
         weight_files=written.weight_files,
         comparison=compared,
+        trained_by_target=adapter.counted(weights.run) if isinstance(weights, SavedModel) else None,
+    )
+
+
+def export_adapter(
+    run_dir: Path, to: Path, *, step: int | None = None, dtype: "Dtype" = "fp32", base: str | None = None
+) -> AdapterResult:
+    """Write the adapters of the run's newest step, or of `step`, into the new folder `to`, as `peft` loads them.
+
+    `base` is what adapter_config.json says that they belong on. Raises `CheckpointError`: no such run or step;
+    `ExportError`: a run without adapters, no stock architecture, no tokenizer, `to` is taken.
+    """
+    from moe.checkpoint.read import SavedModel
+    from moe.hf import adapter, write
+
+    saved = SavedModel.open(run_dir, step)
+    counts = adapter.counted(saved.run)
+    if counts is None:
+        raise ExportError(
+            f"{run_dir} was trained without lora, so it has no adapters. Export the model, without --adapter."
+        )
+    with write.new_folder(to) as folder:
+        written = adapter.write_adapter(
+            folder,
+            saved.run,
+            saved.step,
+            saved.adapted(),
+            saved.stored,
+            run_dir / "tokenizer",
+            dtype=dtype,
+            base=base,
+        )
+    assert written.num_parameters == sum(counts.values())
+    return AdapterResult(
+        str(to), written.architecture, saved.step, dtype, written.num_tensors, written.num_bytes, counts
     )
 
 
@@ -134,10 +190,14 @@ Written by `turnout export` from a folder of that name.
 )
 @click.option("--step", type=click.IntRange(min=0), help="Saved step; the newest if not given.")
 @click.option("--dtype", type=click.Choice(["fp32", "bf16"]), default="fp32", show_default=True)
-@click.option("--max-shard-size", default="5GB", show_default=True, help="Largest weight file.")
+@click.option("--max-shard-size", help="Largest weight file.  [default: 5GB]")
 @click.option(
     "--verify", is_flag=True, help="Compare logits with stock transformers before the folder appears."
 )
+@click.option(
+    "--adapter", is_flag=True, help="Write the adapters of a LoRA run for peft, instead of the merged model."
+)
+@click.option("--base", help="With --adapter: name or path of the model that the adapters belong on.")
 @click.option(
     "--json", "json_path", type=click.Path(path_type=Path), help="Write the result to this file too."
 )
@@ -146,25 +206,36 @@ def command(
     to: Path,
     step: int | None,
     dtype: "Dtype",
-    max_shard_size: str,
+    max_shard_size: str | None,
     verify: bool,
+    adapter: bool,
+    base: str | None,
     json_path: Path | None,
 ) -> None:
-    """Write the model of a run, or of a folder that `turnout import` made, as one that stock transformers loads."""
+    """Write the model of a run, or of a folder that `turnout import` made, as one that stock transformers loads.
+
+    The adapters of a LoRA run are merged into its weights, or written alone with --adapter.
+    """
     log.setup()
     with clean_exit():
         from moe.hf.write import parse_size
 
         if json_path is not None:
             figures.check_place(json_path)
-        result = export(
-            source, to, step=step, dtype=dtype, max_shard_size=parse_size(max_shard_size), verify=verify
-        )
+        if adapter:
+            _refuse({"--max-shard-size": max_shard_size, "--verify": verify}, "--adapter writes no model")
+            _write_adapter(source, to, step, dtype, base, json_path)
+            return
+        _refuse({"--base": base}, "it belongs to --adapter")
+        size = parse_size(max_shard_size or "5GB")
+        result = export(source, to, step=step, dtype=dtype, max_shard_size=size, verify=verify)
         what = source if result.step is None else f"step {result.step} of {source}"
         click.echo(
             f"exported {what} as {result.architecture} ({result.num_parameters:,} parameters, "
             f"{result.num_bytes / 1e6:,.1f} MB in {len(result.weight_files)} weight files, {dtype}) to {to}"
         )
+        if result.trained_by_target is not None:
+            click.echo(f"merged its adapters: {_spoken(result.trained_by_target)}")
         if (compared := result.comparison) is not None:
             click.echo(
                 f"verified: transformers {compared.transformers} gives the same logits at {compared.num_positions} "
@@ -173,6 +244,29 @@ def command(
             )
         if json_path is not None:
             figures.write(json_path, json.dumps(asdict(result), indent=2) + "\n")
+
+
+def _write_adapter(
+    run: Path, to: Path, step: int | None, dtype: "Dtype", base: str | None, json_path: Path | None
+) -> None:
+    result = export_adapter(run, to, step=step, dtype=dtype, base=base)
+    click.echo(
+        f"wrote the adapters of step {result.step} of {run} for {result.architecture} ({result.num_bytes / 1e6:,.1f} "
+        f"MB, {dtype}) to {to}: {_spoken(result.trained_by_target)}"
+    )
+    if json_path is not None:
+        figures.write(json_path, json.dumps(asdict(result), indent=2) + "\n")
+
+
+def _spoken(counts: "dict[Target, int]") -> str:
+    each = ", ".join(f"{target} {count:,}" for target, count in counts.items())
+    return f"{sum(counts.values()):,} trained parameters ({each})"
+
+
+def _refuse(options: dict[str, object], why: str) -> None:
+    for option, value in options.items():
+        if value:
+            raise ConfigError(f"{option} has no effect here: {why}. Remove it.")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,8 @@ class Totals:
     """Over all ranks; ranks that share sequences have one together."""
     counts_LE: Tensor | None = None
     """int64: choices per sparse layer and expert; needed by the global-batch loss alone."""
+    num_predictions: Tensor | None = None
+    """Tokens that count in the cross-entropy; float scalar; None: all that are unmasked."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,7 @@ class Losses:
     """What is differentiated: cross-entropy, and weighted, the loss of prediction modules and the balancing losses
     summed over layers."""
     cross_entropy: Tensor
-    """Nats per token."""
+    """Nats per token that is predicted."""
     load_balancing: Tensor
     """Mean over sparse layers of the loss with the widest scope in use, unweighted; 1 is balance."""
     router_z: Tensor
@@ -55,11 +57,12 @@ def losses(
     `choices_LBE` are `choices` of the whole sequences where only some of their positions are here.
     `prediction_weight` is that of the prediction modules' mean loss (arXiv:2412.19437, eq. 25).
     """
-    cross_entropy = output.cross_entropy / totals.num_tokens
+    predictions = totals.num_tokens if totals.num_predictions is None else totals.num_predictions
+    cross_entropy = output.cross_entropy / predictions
     total, nothing = cross_entropy, torch.zeros_like(cross_entropy).detach()
     further = nothing
     if output.further is not None:
-        further = output.further / totals.num_tokens
+        further = output.further / predictions
         total = total + prediction_weight * further
     further = further.detach()
     if not output.records:

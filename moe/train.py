@@ -215,7 +215,7 @@ def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: Exi
 def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainState") -> None:
     if not ranks.speaks:
         return
-    from moe.model import count, kept_by_experts
+    from moe.model import count, kept_by_experts, lora
 
     say = log.get().info
     sharing, zero = run.parallel.sequence_parallel_size, run.parallel.zero_stage
@@ -227,6 +227,9 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
     for caution in cautions(run.model):
         log.get().warning(caution)
     say("%s: %s", run.name, count(run.model, run.data.sequence_length).sentence())
+    if run.lora is not None:
+        total = count(run.model, run.data.sequence_length).total_parameters
+        say("%s", lora.sentence(lora.trained(run.model, run.lora), total))
     if run.model.moe is not None:
         kept = kept_by_experts(run.model, run.train.precision, run.train.activation_recomputation)
         say(
@@ -246,10 +249,14 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
         run.data.sequence_length,
         accumulation,
     )
-    epochs = (
-        run.train.steps * run.train.global_batch_size * run.data.sequence_length / data.num_tokens("train")
-    )
-    say("%s training tokens in %s: %.2f epochs", f"{data.num_tokens('train'):,}", run.data.path, epochs)
+    sequences = run.train.steps * run.train.global_batch_size
+    if data.is_chat:
+        number = data.num_documents("train")
+        say("%s conversations in %s: %.2f epochs", f"{number:,}", run.data.path, sequences / number)
+    else:
+        number = data.num_tokens("train")
+        epochs = sequences * run.data.sequence_length / number
+        say("%s training tokens in %s: %.2f epochs", f"{number:,}", run.data.path, epochs)
     if state.step:
         say("going on from step %d of %d", state.step, run.train.steps)
     elif run.init_from is not None:

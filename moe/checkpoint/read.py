@@ -1,6 +1,7 @@
 """checkpoints/step_N -> the weights alone, on demand, whole, on any machine; no engine needed."""
 
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from torch import Tensor
@@ -14,6 +15,7 @@ from moe.errors import CheckpointError
 from moe.model import Transformer
 from moe.model.source import copy
 from moe.recipe import load
+from moe.sparse import lora
 
 _PREFIX = "weight/"
 
@@ -53,14 +55,27 @@ class SavedModel:
         return cls(load(RunConfig, folder / "recipe.yaml"), folder, manifest)
 
     def names(self) -> list[str]:
-        """Logical parameter names, experts of a stacked parameter counted as one."""
-        return list(self._keys)
+        """Logical parameter names, experts of a stacked parameter counted as one; no adapters."""
+        return [name for name in self._keys if not lora.is_adapter(name)]
 
     def pieces(self, name: str, only: range | None = None) -> Iterator[Tensor]:
         """A parameter, float32, on the CPU: whole, or of a stacked one its experts (`only` those) in order.
 
-        None is kept.
+        None is kept. An adapted one comes with its adapter merged into it.
         """
+        stored = self.stored(name, only)
+        if name + lora.A not in self._keys:
+            return stored
+        assert self.run.lora is not None
+        halves = self.stored(name + lora.A, only), self.stored(name + lora.B, only)
+        return map(partial(lora.merged, scale=self.run.lora.scale), stored, *halves)
+
+    def adapted(self) -> list[str]:
+        """Names of the parameters that have an adapter."""
+        return [name for name in self.names() if name + lora.A in self._keys]
+
+    def stored(self, name: str, only: range | None = None) -> Iterator[Tensor]:
+        """As `pieces`, but as it was trained: a frozen weight without its adapter, or half of an adapter."""
         if name not in self._keys:
             raise CheckpointError(f"{self.folder} has no parameter {name}.")
         keys = self._keys[name]

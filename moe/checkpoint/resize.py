@@ -20,6 +20,7 @@ from moe.checkpoint.write import Part, begin, filled, seal, sync, write_part
 from moe.config import RunConfig, check_world
 from moe.errors import CheckpointError
 from moe.model import Transformer
+from moe.model.lora import adapt
 from moe.recipe import dump, load, parse
 
 
@@ -119,7 +120,7 @@ def _rewrite(saved: SavedModel, run: RunConfig, world: int, home: Path) -> Path:
 def _shares(saved: SavedModel, run: RunConfig, world: int) -> list[list[str]]:
     """The keys that each rank would write, in its order: parameter by parameter, weight before moments."""
     with torch.device("meta"):
-        order = [name for name, _ in Transformer(run.model).named_parameters()]
+        order = [name for name, _ in adapt(Transformer(run.model), run.lora).named_parameters()]
     experts = run.model.moe.num_experts if run.model.moe else 1
     ep = run.parallel.expert_parallel_size
 

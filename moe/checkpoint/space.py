@@ -7,6 +7,7 @@ from moe.checkpoint.folder import Manifest
 from moe.config import RunConfig
 from moe.errors import CheckpointError
 from moe.model import count
+from moe.model.lora import trained
 
 _FLOAT32 = 4
 
@@ -14,6 +15,10 @@ _FLOAT32 = 4
 def num_bytes(run: RunConfig) -> int:
     """About what one checkpoint takes: every weight and what the optimizer remembers of it, in float32."""
     weights = count(run.model, run.data.sequence_length).total_parameters
+    if (
+        run.lora is not None
+    ):  # nothing is remembered of frozen ones; small adapters are Muon's or AdamW's alike
+        return _FLOAT32 * (weights + 3 * sum(trained(run.model, run.lora).values()))
     if run.train.optimizer.kind == "adamw":
         return _FLOAT32 * 3 * weights
     # Muon remembers one thing of a matrix; embedding and head are AdamW's, and vectors are small.

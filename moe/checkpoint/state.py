@@ -1,5 +1,7 @@
 """A running engine <-> logical tensors: each parameter's float32 master and moments, experts one by one.
 
+Of a frozen parameter there is its value alone: in float32, whatever the dtype in which the model has it.
+
 The key of a tensor is `STATE/PARAMETER` or, for one expert of a stacked parameter, `STATE/PARAMETER[EXPERT]`.
 """
 
@@ -75,7 +77,7 @@ def prepare(engine: Engine, step: int) -> None:
     """Make room for moments as if `step` optimizer steps had been taken; torch makes it only at the first."""
     state, done = _base(engine).state, set[Tensor]()
     for home in engine.homes.values():
-        if home.tensor not in done:
+        if home.tensor not in done and optim.states(home.group):
             state[home.tensor] = optim.fresh_state(home.group, home.tensor, step)
             done.add(home.tensor)
 
@@ -87,7 +89,7 @@ def _states(engine: Engine, parameter: nn.Parameter) -> tuple[str, ...]:
 
 def _read(engine: Engine, parameter: nn.Parameter, state: str) -> Tensor:
     home = engine.homes[parameter]
-    kept = _tensor(engine, home, state)
+    kept = _tensor(engine, home, state).float()  # frozen ones are kept as the model computes with them
     if home.ranks is None:
         return kept
     # On the ranks' device, where their collectives run, also if it is kept in host memory.

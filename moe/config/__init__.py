@@ -4,6 +4,7 @@ from moe.config.attention import AttentionConfig
 from moe.config.base import Section
 from moe.config.cautions import cautions
 from moe.config.guard import GuardConfig
+from moe.config.lora import LoraConfig
 from moe.config.model import ModelConfig, MoEConfig
 from moe.config.rules import check_data, check_world
 from moe.config.run import (
@@ -25,6 +26,7 @@ __all__ = [
     "DataConfig",
     "GuardConfig",
     "LoggingConfig",
+    "LoraConfig",
     "MoEConfig",
     "ModelConfig",
     "OptimizerConfig",

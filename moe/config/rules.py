@@ -5,6 +5,7 @@ from typing import Protocol
 
 from moe.config.base import refuse
 from moe.config.guard import guard_faults
+from moe.config.lora import lora_faults
 from moe.config.numbers import choice, divisors
 from moe.config.parallel import parallel_faults
 from moe.config.run import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
@@ -32,6 +33,7 @@ def check(run: RunConfig) -> None:
             *parallel_faults(run),
             *sequence_faults(run),
             *_balance(run),
+            *lora_faults(run.lora, run.model, run.balance.bias_update_rate),
             *_checkpoint(run),
         ]
     )
@@ -115,6 +117,8 @@ class DataFacts(Protocol):
 
     def num_tokens(self, split: str) -> int: ...
 
+    def longest_conversation(self) -> int | None: ...
+
 
 def check_data(run: RunConfig, data: DataFacts) -> None:
     """Raise `ConfigError` if the model or the batch does not fit the prepared data."""
@@ -125,7 +129,9 @@ def check_data(run: RunConfig, data: DataFacts) -> None:
             f"{data.vocab_size} tokens: each needs a row. Set model.vocab_size={data.vocab_size} or more."
         )
     tokens, needed = data.num_tokens("train"), run.data.sequence_length + 1
-    if tokens < needed:
+    if (longest := data.longest_conversation()) is not None:
+        faults += _longest(run, longest)
+    elif tokens < needed:
         faults.append(
             f"data.sequence_length is {run.data.sequence_length}, but the training split of {run.data.path} has "
             f"{tokens} tokens: it must hold at least one sequence and its next token. "
@@ -137,6 +143,16 @@ def check_data(run: RunConfig, data: DataFacts) -> None:
             f"Prepare it with validation.fraction above 0, or remove train.evaluate_every."
         )
     refuse(faults)
+
+
+def _longest(run: RunConfig, longest: int) -> list[str]:
+    length = run.data.sequence_length
+    if longest <= length + 1:
+        return []
+    return [
+        f"data.sequence_length is {length}, but the longest conversation of {run.data.path} has {longest} tokens: none "
+        f"is cut. Use data.sequence_length={longest - 1} or more, or prepare with a max_tokens of the chat source."
+    ]
 
 
 def _sequence(run: RunConfig) -> list[str]:
@@ -212,7 +228,8 @@ def _balance(run: RunConfig) -> list[str]:
             f"balance.bias_update_rate is {balance.bias_update_rate}, but model.moe.selection_bias is false: there "
             f"is no bias to move. Set model.moe.selection_bias=true, or balance.bias_update_rate=0."
         )
-    if moe.selection_bias and not balance.bias_update_rate and run.init_from is None:
+    learned = run.init_from is not None or run.lora is not None
+    if moe.selection_bias and not balance.bias_update_rate and not learned:
         faults.append(
             "model.moe.selection_bias is true, but balance.bias_update_rate is 0: the bias starts at zero and "
             "nothing would move it, so it has no effect. Set balance.bias_update_rate (such as 0.001), "

@@ -7,6 +7,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, mo
 
 from moe.config.base import Count, PathText, Section, Size
 from moe.config.guard import GuardConfig
+from moe.config.lora import LoraConfig
 from moe.config.model import Fraction, ModelConfig, Precision
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -160,6 +161,8 @@ class RunConfig(Section):
     balance: BalanceConfig = BalanceConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    lora: LoraConfig | None = None
+    """Train low-rank adapters on a frozen model; null: train all weights."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed settings, passed through as they are after a check of names and values."""
 

@@ -61,10 +61,12 @@ class ShardFacts(Section):
     tokens: NonNegativeInt
     bin: FileStamp
     idx: FileStamp
+    mask: FileStamp | None = None
+    """Which tokens the assistant wrote, where documents are conversations; null: they are text."""
 
 
 class SplitFacts(Section):
-    """The shards of `train` or `validation`, in order, and their totals; bytes are of UTF-8 text."""
+    """The shards of `train` or `validation`, in order, and their totals; bytes are of UTF-8 text that is predicted."""
 
     documents: PositiveInt
     tokens: PositiveInt
@@ -122,13 +124,25 @@ class Manifest(Section):
     splits: dict[Split, SplitFacts]
     sources: list[SourceFacts]
 
+    @model_validator(mode="after")
+    def _shards_are_of_one_kind(self) -> "Manifest":
+        kinds = {shard.mask is None for facts in self.splits.values() for shard in facts.shards}
+        if len(kinds) > 1:
+            raise ValueError("some shards have a mask and others have none")
+        return self
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether documents are conversations."""
+        return any(shard.mask for facts in self.splits.values() for shard in facts.shards)
+
     @property
     def fingerprint(self) -> str:
         """Hash of the tokenizer and of all shards in order: equal fingerprints, equal tokens."""
         files = sorted((name, stamp.xxh3_128) for name, stamp in self.tokenizer.files.items())
         tokenizer = [files, self.tokenizer.vocab_size, self.tokenizer.eos_id, self.tokenizer.pad_id]
         shards = [
-            (split, shard.bin.xxh3_128, shard.idx.xxh3_128)
+            (split, shard.bin.xxh3_128, shard.idx.xxh3_128, *([shard.mask.xxh3_128] if shard.mask else ()))
             for split, facts in sorted(self.splits.items())
             for shard in facts.shards
         ]

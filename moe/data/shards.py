@@ -2,6 +2,7 @@
 
 FOLDER/manifest.json              what there is, with the hash of every file
 FOLDER/train-00000.bin .idx ...   Megatron pairs; `validation-...` likewise
+FOLDER/train-00000.mask           of conversations: which tokens the assistant wrote
 FOLDER/tokenizer/                 a Hugging Face tokenizer folder
 """
 
@@ -24,6 +25,7 @@ from moe.data.manifest import (
     SplitFacts,
     TokenizerFacts,
 )
+from moe.data.masks import MaskWriter, mask_path
 from moe.errors import DataError
 
 __all__ = [
@@ -33,6 +35,7 @@ __all__ = [
     "FileStamp",
     "Index",
     "Manifest",
+    "MaskWriter",
     "PairWriter",
     "ShardFacts",
     "SourceFacts",
@@ -89,6 +92,11 @@ class TokenData:
         return self.manifest.tokenizer.pad_id
 
     @property
+    def is_chat(self) -> bool:
+        """Whether documents are conversations, of which only what the assistant wrote is predicted."""
+        return self.manifest.is_chat
+
+    @property
     def fingerprint(self) -> str:
         """Equal for equal tokens and tokenizer, wherever the folder lies; 32 hexadecimal digits."""
         return self.manifest.fingerprint
@@ -103,8 +111,15 @@ class TokenData:
         facts = self._facts(split)
         return facts.tokens if facts else 0
 
+    def longest_conversation(self) -> int | None:
+        """Tokens of the longest in any split; None where documents are text."""
+        if not self.is_chat:
+            return None
+        shards = [shard.name for facts in self.manifest.splits.values() for shard in facts.shards]
+        return max(int(np.max(Index.read(self.folder / f"{name}.idx").lengths_S)) for name in shards)
+
     def num_bytes(self, split: str) -> int:
-        """UTF-8 bytes of the text of all documents; 0 for a split without text."""
+        """UTF-8 bytes of the text that is predicted: of all documents, or of what the assistant wrote in them."""
         facts = self._facts(split)
         return facts.bytes if facts else 0
 
@@ -171,6 +186,13 @@ def _check_shard(folder: Path, shard: ShardFacts, dtype: str, verify: bool) -> N
     bin_path, idx_path = folder / f"{shard.name}.bin", folder / f"{shard.name}.idx"
     _check_file(bin_path, shard.bin, verify)
     _check_file(idx_path, shard.idx, verify)
+    if shard.mask is not None:
+        _check_file(mask_path(folder / shard.name), shard.mask, verify)
+        if shard.mask.bytes != shard.tokens:
+            raise DataError(
+                f"{mask_path(folder / shard.name)}: the manifest gives it {shard.mask.bytes} bytes for {shard.tokens} "
+                f"tokens, but each has one. Prepare the data again."
+            )
     index = Index.read(idx_path)
     said = (index.dtype, len(index.documents_D) - 1, index.num_bytes)
     true = (dtype, shard.documents, shard.bin.bytes)

@@ -3,7 +3,7 @@
 import os
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from moe.config import RunConfig, check_world
 from moe.dist import Ranks
@@ -13,6 +13,7 @@ from moe.engine.library import deepspeed
 from moe.errors import CheckpointError, ConfigError
 from moe.model import SequenceGroup, Transformer, count
 from moe.model.init import fill
+from moe.model.lora import adapt, fill_adapters
 from moe.model.source import Weights, copy, materialize
 from moe.sparse import Capacity, ExpertLayout, deepep
 
@@ -37,10 +38,12 @@ def build(run: RunConfig, ranks: Ranks, weights: Weights | None = None) -> Trans
         with torch.device("meta" if sharded else "cpu"):
             recompute, capacity = run.train.activation_recomputation, Capacity.of(run.balance)
             model = Transformer(run.model, layout, recompute, capacity, dispatcher, sequence_group)
+            adapt(model, run.lora)
         if sharded:
             _fill_and_shard(model, run, ranks, weights)
         else:
             _fill(model, "", run, weights)
+            fill_adapters(model, "", run.seed)
     except (RuntimeError, MemoryError) as error:  # torch's allocator says no
         raise ConfigError(
             f"model: {count(run.model, run.data.sequence_length).sentence()}, which this rank cannot hold ({error}). "
@@ -76,7 +79,19 @@ def _fill_and_shard(model: Transformer, run: RunConfig, ranks: Ranks, weights: W
     for name, part in parts:
         materialize(part, ranks.device, torch.float32, made)
         _fill(part, name, run, weights)
+        fill_adapters(part, name, run.seed)
         for parameter in part.parameters():
             if not hasattr(parameter, "ds_id"):  # a tied weight has its pieces already
                 parameter.data = parameter.data.to(dtype)
         deepspeed.zero.Init(module=part, config_dict_or_path=config)
+    if run.lora is not None:
+        model.embed.register_forward_hook(_require_gradient)
+
+
+def _require_gradient(_part: nn.Module, _inputs: object, x_BSD: Tensor) -> Tensor:
+    """Have backward go down to the first layer's input, although nothing below it is trained.
+
+    DeepSpeed 0.19.8 learns from a gradient of its input that a module is done; where none comes, it takes weights away
+    while they are needed.
+    """
+    return x_BSD.requires_grad_(torch.is_grad_enabled())

@@ -45,7 +45,7 @@ class Engine:
         self.model = model
         self.wrapped = wrapped
         """DeepSpeed's engine."""
-        self.homes = homes(wrapped.optimizer, run.parallel.zero_stage)
+        self.homes = homes(wrapped.optimizer, run.parallel.zero_stage, model)
         self._gate = None
         if run.train.guard.skips:
             self._gate = Gate(getattr(wrapped.optimizer, "optimizer", wrapped.optimizer))
@@ -164,7 +164,7 @@ class Engine:
         for batch in batches:
             batch = _on(self.ranks.device, batch)
             output = self.model(batch.input_ids_BS, batch.labels_BS, batch.mask_BS)
-            sums += torch.stack([output.cross_entropy.double(), batch.mask_BS.sum().double()])
+            sums += torch.stack([output.cross_entropy.double(), batch.predicted().sum().double()])
         nats, tokens = self.ranks.sum(sums).unbind()
         return nats, tokens
 
@@ -195,12 +195,17 @@ class Engine:
             counts = torch.stack([load[:, :-1] for load in loads if load is not None]).sum(0)
         masks = [batch.mask_BS for batch in batches]
         tokens_B = self.ranks.sum_over_sequence(torch.cat([mask.sum(1) for mask in masks]))
-        sizes = torch.stack([_sum(mask.sum() for mask in masks), (tokens_B > 0).sum()]).double()
-        tokens, sequences = self.ranks.sum(sizes).unbind()
+        predictions = _sum(batch.predicted().sum() for batch in batches)
+        sizes = torch.stack([_sum(mask.sum() for mask in masks), (tokens_B > 0).sum(), predictions]).double()
+        tokens, sequences, predictions = self.ranks.sum(sizes).unbind()
         sequences = sequences / self.ranks.sequence_parallel_size  # which all those that share them counted
         micro_batches = len(batches) * self.ranks.data_world_size
         return Totals(
-            tokens, sequences, micro_batches, self.ranks.sum(counts) if counts is not None else None
+            tokens,
+            sequences,
+            micro_batches,
+            self.ranks.sum(counts) if counts is not None else None,
+            predictions,
         )
 
     def _losses(self, output: ModelOutput, batch: Batch, totals: Totals) -> Losses:

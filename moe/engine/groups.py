@@ -18,8 +18,11 @@ from deepspeed.module_inject.auto_ep_layer import AutoEPMoELayer  # isort: skip
 from deepspeed.utils import groups, set_z3_leaf_module  # isort: skip
 
 
-class ExpertParallelMoE(SparseMoE, AutoEPMoELayer):
-    """A `SparseMoE` in DeepSpeed's eyes an expert-parallel layer; never constructed, see `adopt`."""
+class PlacedMoE(SparseMoE):
+    """A `SparseMoE` of which DeepSpeed knows who holds which experts; never constructed, see `adopt`.
+
+    As it is, its experts must be frozen: gradients of a plain module's would be reduced wrong.
+    """
 
     ep_size: int
     ep_rank: int
@@ -38,17 +41,24 @@ class ExpertParallelMoE(SparseMoE, AutoEPMoELayer):
             )
 
 
+class ExpertParallelMoE(PlacedMoE, AutoEPMoELayer):
+    """The same, in DeepSpeed's eyes a layer with experts to train.
+
+    Where none is trained no layer may be of this class: ZeRO 1 and 2 then ask for a group of experts (0.19.8).
+    """
+
+
 def adopt(model: nn.Module) -> None:
-    """Turn every `SparseMoE` of `model`, in place, into an `ExpertParallelMoE` with marked expert weights."""
+    """Turn every `SparseMoE` of `model`, in place, into a `PlacedMoE` with marked expert weights."""
     for module in model.modules():
-        if isinstance(module, SparseMoE) and not isinstance(module, ExpertParallelMoE):
+        if isinstance(module, SparseMoE) and not isinstance(module, PlacedMoE):
             _adopt(module)
 
 
 def partition_experts_by_group(model: nn.Module) -> None:
     """Make ZeRO 3 cut experts up among the ranks that hold the same ones, not among all. Collective."""
     for layer in model.modules():
-        if isinstance(layer, ExpertParallelMoE):
+        if isinstance(layer, PlacedMoE):
             layer.set_deepspeed_parallelism()
             ranks = groups._get_expert_data_parallel_group(layer.ep_group_name)
             for parameter in layer.experts.parameters():
@@ -57,8 +67,9 @@ def partition_experts_by_group(model: nn.Module) -> None:
 
 def _adopt(layer: SparseMoE) -> None:
     layout = layer.layout
-    layer.__class__ = ExpertParallelMoE
-    assert isinstance(layer, ExpertParallelMoE)
+    is_trained = any(parameter.requires_grad for parameter in layer.experts.parameters())
+    layer.__class__ = ExpertParallelMoE if is_trained else PlacedMoE
+    assert isinstance(layer, PlacedMoE)
     layer.ep_size, layer.ep_rank = layout.size, layout.rank
     layer.ep_group_name = f"ep_size_{layout.size}"
     layer.num_experts, layer.num_local_experts = layout.num_experts, layout.num_local_experts

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe.optim import Muon, Stack
+from moe.optim import FROZEN, Muon, Stack
 
 
 @dataclass(frozen=True)
@@ -41,15 +41,19 @@ class Home:
         return self.shape.numel()
 
 
-def homes(optimizer: Any, zero_stage: int) -> dict[nn.Parameter, Home]:
-    """The home of every trained parameter; `optimizer` is the DeepSpeed engine's."""
+def homes(optimizer: Any, zero_stage: int, model: nn.Module) -> dict[nn.Parameter, Home]:
+    """The home of every parameter of `model`; `optimizer` is the DeepSpeed engine's.
+
+    A frozen one is at home where the model computes with it, in the model's dtype, in the group `FROZEN`.
+    """
+    frozen = {p: _frozen(p) for p in model.parameters() if not p.requires_grad}
     match zero_stage:
         case 0:
-            return _whole(optimizer)
+            return frozen | _whole(optimizer)
         case 3:
-            return _by_parameter(optimizer)
+            return frozen | _by_parameter(optimizer)
         case _:
-            return _by_buffer(optimizer)
+            return frozen | _by_buffer(optimizer)
 
 
 def show(parameter: nn.Parameter, value: Tensor, home: Home) -> None:
@@ -85,6 +89,16 @@ def show_partitions(optimizer: Any, homes: dict[nn.Parameter, Home]) -> None:
             ranks[home.tensor] = home.ranks
     for tensor, stacks in placed.items():
         base.partition(tensor, stacks, ranks[tensor])
+
+
+def _frozen(parameter: nn.Parameter) -> Home:
+    marked: Any = parameter  # by ZeRO 3
+    if not hasattr(marked, "ds_tensor"):
+        return _home(parameter, FROZEN, parameter.shape, 0, slice(0, parameter.numel()))
+    ranks, piece = marked.ds_process_group, marked.ds_tensor
+    first = dist.get_rank(ranks) * piece.ds_numel
+    inside = _clip(first, first + piece.ds_numel, marked.ds_numel)
+    return _home(piece, FROZEN, marked.ds_shape, -first, inside, ranks)
 
 
 def _whole(optimizer: Any) -> dict[nn.Parameter, Home]:

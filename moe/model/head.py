@@ -28,7 +28,7 @@ class Head(nn.Module):
     def forward(self, h: Tensor, labels: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
         """[..., D] -> logits [..., V]; or, with int64 `labels` [...], a float32 scalar: nats, summed.
 
-        Tokens whose `mask` (bool [...]) is False add nothing.
+        Tokens whose `mask` (bool [...]) is False, or whose label is negative, add nothing.
         """
         bias: Tensor | None = self.bias
         if self.divisor != 1:
@@ -36,11 +36,17 @@ class Head(nn.Module):
             bias = None if bias is None else bias / self.divisor
         if labels is None:
             return F.linear(h, self.weight, bias)
-        kept = torch.ones_like(labels, dtype=torch.bool) if mask is None else mask
+        kept = labels >= 0 if mask is None else mask & (labels >= 0)
         # Asked here: inside a Function's forward, gradients are always off and needs_input_grad ignores no_grad.
         backward = torch.is_grad_enabled() and (h.requires_grad or self.weight.requires_grad)
         loss: Tensor = _LinearCrossEntropy.apply(
-            h.flatten(0, -2), self.weight, bias, labels.flatten(), kept.flatten(), backward, product_dtype(h)
+            h.flatten(0, -2),
+            self.weight,
+            bias,
+            labels.clamp(min=0).flatten(),
+            kept.flatten(),
+            backward,
+            product_dtype(h),
         )
         return loss
 
@@ -66,8 +72,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wide = torch.promote_types(h_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=h_TD.device)
         grad_h_TD = torch.empty_like(h_TD) if backward else None
-        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if backward else None
-        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if backward and bias_V is not None else None
+        trained = backward and weight_VD.requires_grad
+        grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if trained else None
+        grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if trained and bias_V is not None else None
         factor_VD = weight_VD.to(product_dtype)
         chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         for start in range(0, h_TD.shape[0], chunk):
@@ -79,7 +86,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 logits_CV += bias_V
             log_sum_exp_C1 = torch.logsumexp(logits_CV, dim=1, keepdim=True)
             total += ((log_sum_exp_C1 - logits_CV.gather(1, labels_C1)) * mask_C1).sum()
-            if grad_h_TD is None or grad_weight_VD is None:
+            if grad_h_TD is None:
                 continue
             grad_CV = logits_CV.sub_(log_sum_exp_C1).exp_()
             grad_CV.scatter_add_(1, labels_C1, -torch.ones_like(mask_C1)).mul_(mask_C1)
@@ -87,6 +94,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 grad_bias_V += grad_CV.sum(0)
             grad_CV = grad_CV.to(product_dtype)
             grad_h_TD[here] = grad_CV @ factor_VD
+            if grad_weight_VD is None:
+                continue
             if wide == product_dtype:
                 grad_weight_VD.addmm_(grad_CV.t(), h_CD)
             else:
@@ -101,7 +110,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_h_TD, grad_weight_VD, grad_bias_V = ctx.saved_tensors
         return (
             grad_h_TD * grad.to(grad_h_TD.dtype),
-            (grad_weight_VD * grad).to(ctx.weight_dtype),
+            None if grad_weight_VD is None else (grad_weight_VD * grad).to(ctx.weight_dtype),
             None if grad_bias_V is None else (grad_bias_V * grad).to(ctx.weight_dtype),
             None,
             None,

@@ -11,6 +11,7 @@ from moe.errors import CheckpointError
 from moe.model.head import Head
 from moe.model.transformer import Transformer
 from moe.sparse.experts import Experts
+from moe.sparse.lora import is_adapter
 
 
 class Weights(Protocol):
@@ -61,7 +62,7 @@ def copy(part: nn.Module, place: str, weights: Weights) -> None:
         only = module.layout.local_experts if isinstance(module, Experts) else None
         own = (*module.named_parameters(recurse=False), *module.named_buffers(recurse=False))
         for key, tensor in own:
-            if not (tied and key == "weight"):  # which is the embedding's
+            if not (tied and key == "weight") and not is_adapter(key):  # the embedding's, or filled otherwise
                 _fill(tensor, f"{name}.{key}", weights, only)
 
 
@@ -75,7 +76,8 @@ def materialize(
     for module in part.modules():
         for name, parameter in module.named_parameters(recurse=False):
             if parameter not in made:
-                fresh = nn.Parameter(torch.empty(parameter.shape, dtype=dtype, device=device))
+                empty = torch.empty(parameter.shape, dtype=dtype, device=device)
+                fresh = nn.Parameter(empty, parameter.requires_grad)
                 vars(fresh).update(vars(parameter))  # DeepSpeed's marks
                 made[parameter] = fresh
             setattr(module, name, made[parameter])

@@ -88,7 +88,8 @@ class Transformer(nn.Module):
             return logits_BSV
         cross_entropy, further = self.head(h_BSD, labels_BS, mask_BS), None
         if self.training and len(self.predictions):
-            further, more = self._foretell(h_BSD, turn, labels_BS, mask_BS, jitter)
+            next_BS = torch.cat((input_ids_BS[:, 1:], labels_BS[:, -1:].clamp(min=0)), dim=1)
+            further, more = self._foretell(h_BSD, turn, next_BS, labels_BS, mask_BS, jitter)
             records += more
         return ModelOutput(cross_entropy, tuple(r for r in records if r is not None), further)
 
@@ -96,6 +97,7 @@ class Transformer(nn.Module):
         self,
         h_BSD: Tensor,
         turn: Rotation,
+        next_BS: Tensor,
         labels_BS: Tensor,
         mask_BS: Tensor | None,
         jitter: Jitter | None,
@@ -104,7 +106,7 @@ class Transformer(nn.Module):
         kept_BS = torch.ones_like(labels_BS, dtype=torch.bool) if mask_BS is None else mask_BS
         nats, records = torch.zeros((), device=h_BSD.device), []
         for depth, module in enumerate(self.predictions):
-            next_BSD = self._embed(ahead(labels_BS, depth))
+            next_BSD = self._embed(ahead(next_BS, depth))
             noise = jitter and jitter.of_layer(self.config.num_layers + depth)
             h_BSD, record = self._run(module, noise, h_BSD, next_BSD, turn, mask_BS)
             kept_BS = kept_BS & ahead(kept_BS, 1)

@@ -1,6 +1,6 @@
 """A model -> parameter groups with and without decay, and the optimizer over them."""
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
@@ -8,6 +8,9 @@ from torch import Tensor, nn
 from moe.config import OptimizerConfig, TrainConfig
 from moe.optim.matrices import stacks, vectors
 from moe.optim.muon import Muon
+
+FROZEN: Final[dict[str, Any]] = {"name": "frozen", "kind": "frozen"}
+"""Stands for the group of parameters that no optimizer has."""
 
 
 def parameter_groups(model: nn.Module, config: OptimizerConfig) -> list[dict[str, Any]]:
@@ -43,7 +46,7 @@ def make(groups: list[dict[str, Any]], model: nn.Module, train: TrainConfig) -> 
 
 def states(group: dict[str, Any]) -> tuple[str, ...]:
     """What the optimizer remembers of each parameter of a group: names of tensors of its shape."""
-    return ("momentum",) if group["kind"] == "muon" else ("exp_avg", "exp_avg_sq")
+    return {"muon": ("momentum",), "adamw": ("exp_avg", "exp_avg_sq"), "frozen": ()}[group["kind"]]
 
 
 def fresh_state(group: dict[str, Any], parameter: Tensor, step: int) -> dict[str, Tensor]:

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from moe.model.head import Head
 from moe.sparse.experts import Experts
+from moe.sparse.lora import pairs
 from moe.sparse.router import Router
 
 
@@ -47,6 +48,12 @@ def stacks(model: nn.Module) -> dict[Tensor, Stack]:
     found: dict[Tensor, Stack] = {}
     left = vectors(model)
     for module in model.modules():
+        for half in (half for _, *halves in pairs(module) for half in halves):
+            count, rows, columns = (1, *half.shape)[-3:]
+            if min(rows, columns) > 1:
+                found[half] = Stack(count, rows, columns)
+            else:
+                left.add(half)
         match module:
             case Experts():
                 experts, hidden, width = module.down.shape

@@ -98,6 +98,7 @@ class Curve:
     cross_entropy: list[float]
     load_balancing: list[float]
     router_z: list[float]
+    further: list[float]
     gradient_norm: list[float]
     tokens_per_expert: list[list[list[int]]]
     health: list[dict[str, list[float]]]
@@ -124,6 +125,7 @@ def curve(results: Sequence[StepResult]) -> Curve:
         cross_entropy=[float(r.cross_entropy) for r in results],
         load_balancing=[float(r.load_balancing) for r in results],
         router_z=[float(r.router_z) for r in results],
+        further=[float(r.further) for r in results],
         gradient_norm=[float(r.gradient_norm) for r in results],
         tokens_per_expert=[r.tokens_per_expert.tolist() for r in results if r.tokens_per_expert is not None],
         health=[plain(r.health) for r in results if r.health is not None],

@@ -435,8 +435,13 @@ class Facts:
     vocab_size: int = 512
     tokens: dict[str, int] = field(default_factory=lambda: {"train": 10_000, "validation": 1_000})
 
+    longest: int | None = None
+
     def num_tokens(self, split: str) -> int:
         return self.tokens[split]
+
+    def longest_conversation(self) -> int | None:
+        return self.longest
 
 
 @pytest.mark.parametrize(
@@ -454,6 +459,10 @@ class Facts:
             Facts(tokens={"train": 999, "validation": 0}),
             ["evaluate_every is 4", "no validation split", "Prepare it"],
         ),
+        (
+            Facts(longest=40),
+            ["sequence_length is 32", "longest conversation", "40 tokens", "length=39 or more", "max_tokens"],
+        ),
     ],
 )
 def test_a_model_that_does_not_fit_the_data_is_refused(
@@ -466,6 +475,8 @@ def test_a_model_that_does_not_fit_the_data_is_refused(
 
 def test_data_that_fits_is_accepted(tiny_page: Page) -> None:
     check_data(parse(tiny_page, "train.evaluate_every=4"), Facts())
+    few = Facts(tokens={"train": 20, "validation": 5}, longest=20)
+    check_data(parse(tiny_page, "train.evaluate_every=4"), few)
 
 
 def test_every_setting_says_what_it_means() -> None:
