@@ -30,8 +30,8 @@ class Order:
             return cls(None, None)
         if mask.shape != input_ids_BS.shape:
             raise ConfigError(
-                f"attention_mask has shape {list(mask.shape)}, but input_ids {list(input_ids_BS.shape)}: it must say of "
-                f"each token whether it counts. Masks of pairs of tokens are not supported."
+                f"attention_mask has shape {list(mask.shape)}, but input_ids {list(input_ids_BS.shape)}: it must say "
+                f"of each token whether it counts. Masks of pairs of tokens are not supported."
             )
         counts_BS = mask.to(input_ids_BS.device).bool()
         if bool(counts_BS.all()):

@@ -67,8 +67,8 @@ def measure(
     except (OSError, ConnectionError, ValueError) as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         raise ConfigError(
-            f"lm-eval cannot run {', '.join(tasks)} ({reason}). Most tasks fetch their data from the Hub once: check the "
-            f"network and HF_HUB_OFFLINE."
+            f"lm-eval cannot run {', '.join(tasks)} ({reason}). Most tasks fetch their data from the Hub once: check "
+            f"the network and HF_HUB_OFFLINE."
         ) from None
     assert found is not None  # None is for other ranks
     return [score for task, metrics in found["results"].items() for score in _scores(task, metrics)]
