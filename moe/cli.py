@@ -17,6 +17,7 @@ VERBS = {
     ),
     "import": ("moe.ingest:command", "Bring a Hugging Face checkpoint in, to train on from it."),
     "export": ("moe.export:command", "Write a run as a Hugging Face checkpoint."),
+    "upcycle": ("moe.upcycle:command", "Make a sparse model of a dense Hugging Face checkpoint."),
     "generate": ("moe.generate:command", "Continue a prompt with a run or an export."),
     "checkpoint": ("moe.checkpoints:command", "List, verify, prune or resize the checkpoints of a run."),
     "certify": ("moe.certify.command:command", "Prove that a recipe trains the same in any layout."),

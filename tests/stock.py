@@ -16,7 +16,7 @@ from moe.recipe import dump
 
 
 def model(
-    *, qk_norm: bool = True, qkv_bias: bool = False, moe: dict[str, Any] | None = None, **changes: Any
+    *, qk_norm: bool | str = True, qkv_bias: bool = False, moe: dict[str, Any] | None = None, **changes: Any
 ) -> ModelConfig:
     """Every size and setting differs from the others and from the stock defaults, unless changed."""
     settings: dict[str, Any] = {
@@ -36,7 +36,7 @@ def model(
     }
     if moe is not None:
         settings["moe"] = {"num_experts": 5, "top_k": 2, "expert_intermediate_size": 20, **moe}
-    if moe is None or moe.get("first_k_dense"):
+    if moe is None or moe.get("first_k_dense") or moe.get("dense_layers"):
         settings["intermediate_size"] = 28
     attention = settings["attention"] | changes.pop("attention", {})
     return ModelConfig.model_validate({**settings, **changes, "attention": attention})
@@ -47,6 +47,43 @@ _SQUARE = {"hidden_size": 16, "attention": {"num_heads": 4, "num_kv_heads": 4, "
 _SQUARE_MOE = {"num_experts": 16, "top_k": 4, "expert_intermediate_size": 16}
 _QUOTIENT = {"head_dim": 4}  # hidden_size / num_heads, which qwen2_moe has built in
 _SHARED = {"shared_expert_intermediate_size": 36, "shared_expert_gate": True}
+
+_BIASED = {"router_score": "sigmoid", "selection_bias": True}
+_DEEPSEEK = {
+    **_BIASED,
+    "num_experts": 8,
+    "num_expert_groups": 4,
+    "top_k_groups": 2,
+    "first_k_dense": 1,
+    "shared_expert_intermediate_size": 40,
+    "route_scale": 2.5,
+}
+_LATENT = {"kv_rank": 10, "query_rank": 14, "nope_head_dim": 6, "rope_head_dim": 4, "value_head_dim": 12}
+_MLA = {"num_kv_heads": None, "head_dim": None, "num_heads": 6}
+_GPT_OSS = {
+    "router_bias": True,
+    "expert_bias": True,
+    "expert_activation": "gpt_oss",
+    "activation_limit": 1.5,
+}
+_GPT_OSS_AROUND: dict[str, Any] = {
+    "qk_norm": False,
+    "qkv_bias": True,
+    "attention": {
+        "output_bias": True,
+        "sinks": True,
+        "sliding_window": 5,
+        "window_layers": (0, 2),
+        "rope_scaling": {
+            "kind": "yarn",
+            "factor": 4.0,
+            "original_max_sequence_length": 24,
+            "beta_fast": 16.0,
+            "beta_slow": 2.0,
+            "truncate": False,
+        },
+    },
+}
 
 CASES: dict[str, tuple[str, ModelConfig]] = {
     "qwen3_moe": ("qwen3_moe", model(moe={})),
@@ -94,6 +131,173 @@ CASES: dict[str, tuple[str, ModelConfig]] = {
         "qwen2",
         model(qk_norm=False, qkv_bias=True, tie_embeddings=True, intermediate_size=16, **_SQUARE),
     ),
+    "qwen2, windows": (
+        "qwen2",
+        model(qk_norm=False, qkv_bias=True, attention={"sliding_window": 5, "window_layers": (1, 2)}),
+    ),
+    "qwen3_moe, scattered dense layers, a window": (
+        "qwen3_moe",
+        model(moe={"dense_layers": (1,)}, attention={"sliding_window": 7}),
+    ),
+    "mixtral, a window": ("mixtral", model(moe={}, qk_norm=False, attention={"sliding_window": 5})),
+    "llama, biases, stretched": (
+        "llama",
+        model(
+            qk_norm=False,
+            qkv_bias=True,
+            attention={
+                "output_bias": True,
+                "rope_scaling": {
+                    "kind": "llama3",
+                    "factor": 8.0,
+                    "low_frequency_factor": 1.0,
+                    "high_frequency_factor": 4.0,
+                    "original_max_sequence_length": 32,
+                },
+            },
+        ),
+    ),
+    "olmo2": ("olmo2", model(qk_norm="full", norm_placement="post", attention=_QUOTIENT)),
+    "olmoe": (
+        "olmoe",
+        model(moe={"normalize_top_k": False}, qk_norm="full", attention={**_QUOTIENT, "clip_qkv": 0.6}),
+    ),
+    "flex_olmo, square": (
+        "flex_olmo",
+        model(moe=_SQUARE_MOE, qk_norm="full", norm_placement="post", **_SQUARE),
+    ),
+    "phimoe": (
+        "phimoe",
+        model(
+            moe={"router_score": "sparsemixer", "sparsemixer_margin": 0.3},
+            qk_norm=False,
+            qkv_bias=True,
+            norm="layer",
+            head_bias=True,
+            attention={**_QUOTIENT, "output_bias": True},
+        ),
+    ),
+    "granitemoe, square": (
+        "granitemoe",
+        model(
+            moe=_SQUARE_MOE, qk_norm=False, **{**_SQUARE, "attention": {**_SQUARE["attention"], "scale": 0.3}}
+        ),
+    ),
+    "granitemoeshared": (
+        "granitemoeshared",
+        model(
+            moe={"shared_expert_intermediate_size": 36},
+            qk_norm=False,
+            embedding_multiplier=3.0,
+            residual_multiplier=0.4,
+            logit_divisor=2.5,
+            attention={**_QUOTIENT, "scale": 0.3},
+        ),
+    ),
+    "gpt_oss": ("gpt_oss", model(moe=_GPT_OSS, **_GPT_OSS_AROUND)),
+    "gpt_oss, square": (
+        "gpt_oss",
+        model(
+            moe={**_GPT_OSS, **_SQUARE_MOE},
+            **{
+                **_GPT_OSS_AROUND,
+                **_SQUARE,
+                "attention": {**_GPT_OSS_AROUND["attention"], **_SQUARE["attention"]},
+            },
+        ),
+    ),
+    "minimax_m2": ("minimax_m2", model(moe=_BIASED, qk_norm="full", attention={"rope_fraction": 0.5})),
+    "ernie4_5_moe": (
+        "ernie4_5_moe",
+        model(
+            moe={"selection_bias": True, "first_k_dense": 1, "shared_expert_intermediate_size": 40},
+            qk_norm=False,
+            tie_embeddings=True,
+            attention=_QUOTIENT,
+        ),
+    ),
+    "hunyuan_v1_moe": (
+        "hunyuan_v1_moe",
+        model(moe={"shared_expert_intermediate_size": 20}, qk_norm="after_rotation"),
+    ),
+    "deepseek_v2": (
+        "deepseek_v2",
+        model(
+            moe={
+                "num_experts": 8,
+                "normalize_top_k": False,
+                "route_scale": 1.7,
+                "first_k_dense": 1,
+                "num_expert_groups": 4,
+                "top_k_groups": 2,
+                "group_score": "max",
+                "shared_expert_intermediate_size": 40,
+            },
+            qk_norm=False,
+            attention={**_MLA, "latent": {**_LATENT, "query_rank": None}},
+        ),
+    ),
+    "deepseek_v3": (
+        "deepseek_v3",
+        model(moe=_DEEPSEEK, qk_norm=False, prediction_depth=1, attention={**_MLA, "latent": _LATENT}),
+    ),
+    "deepseek_v3, no groups, biases": (
+        "deepseek_v3",
+        model(
+            moe={**_BIASED, "first_k_dense": 1, "shared_expert_intermediate_size": 20},
+            qk_norm=False,
+            qkv_bias=True,
+            attention={**_MLA, "latent": _LATENT, "output_bias": True},
+        ),
+    ),
+    "glm4_moe_lite": (
+        "glm4_moe_lite",
+        model(
+            moe={**_BIASED, "dense_layers": (1,), "shared_expert_intermediate_size": 20},
+            qk_norm=False,
+            attention={**_MLA, "latent": _LATENT},
+        ),
+    ),
+    "glm4_moe": (
+        "glm4_moe",
+        model(moe=_DEEPSEEK, qkv_bias=True, prediction_depth=1, attention={"rope_fraction": 0.5}),
+    ),
+    "dots1, windows": (
+        "dots1",
+        model(
+            moe={**_BIASED, "first_k_dense": 1, "shared_expert_intermediate_size": 20},
+            attention={"sliding_window": 5, "window_layers": (0, 2)},
+        ),
+    ),
+    "exaone_moe": (
+        "exaone_moe",
+        model(
+            moe={**_BIASED, "first_k_dense": 1, "shared_expert_intermediate_size": 20},
+            attention={"sliding_window": 5, "window_layers": (0, 2), "rope_layers": "windowed"},
+        ),
+    ),
+    "afmoe": (
+        "afmoe",
+        model(
+            moe={**_BIASED, "first_k_dense": 1, "route_scale": 1.3, "shared_expert_intermediate_size": 40},
+            norm_placement="sandwich",
+            embedding_multiplier=24**0.5,
+            attention={
+                "sliding_window": 5,
+                "window_layers": (0, 2),
+                "rope_layers": "windowed",
+                "output_gate": True,
+            },
+        ),
+    ),
+    "solar_open": (
+        "solar_open",
+        model(
+            moe={**_BIASED, "shared_expert_intermediate_size": 20},
+            qk_norm=False,
+            architecture="solar_open",
+        ),
+    ),
 }
 """What it shows -> (model_type, model)."""
 
@@ -113,6 +317,8 @@ def run_of(model: ModelConfig, *, load_balancing_weight: float = 0.03) -> RunCon
     }
     if model.moe is not None:
         page["balance"] = {"sequence_loss_weight": load_balancing_weight}
+        if model.moe.selection_bias:
+            page["balance"]["bias_update_rate"] = 0.001
     return RunConfig.model_validate(page)
 
 
@@ -121,6 +327,8 @@ def random_weights(model: ModelConfig, seed: int = 0) -> dict[str, torch.Tensor]
     generator = torch.Generator().manual_seed(seed)
     weights = {}
     for move in moves(family_of(model), model):
+        if move.copy:
+            continue
         drawn = torch.randn(move.shape, generator=generator) * 0.2
         weights[move.ours] = drawn + 1.0 if "norm" in move.ours else drawn
     return weights

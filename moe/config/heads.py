@@ -94,8 +94,8 @@ def _scaling(scaling: RopeScaling | None, latent: bool) -> Iterable[str]:
     if scaling is None:
         return
     here, needed = "model.attention.rope_scaling", _OF_KIND[scaling.kind]
-    given = scaling.model_fields_set - {"kind", "factor"}
-    given = {name for name in given if getattr(scaling, name) is not None}
+    fields = RopeScaling.model_fields.items()
+    given = {name for name, field in fields if getattr(scaling, name) != field.default} - {"kind", "factor"}
     if missing := sorted(needed - given):
         yield f"{here} is {scaling.kind}, which needs {missing[0]}, but it is not set. Set it."
     if idle := sorted(given - needed - _MAY.get(scaling.kind, set())):

@@ -146,7 +146,8 @@ def disk_tensors(plan: list[Move], read: "Read") -> Iterator[tuple[str, "torch.T
     shared: list[torch.Tensor] = []
     for move in plan:
         together: torch.Tensor | None = None
-        for number, piece in enumerate(_checked(move, read)):
+        number = 0  # enumerate would hold the piece while the next is read
+        for piece in _checked(move, read):
             if move.packed:
                 together = (
                     piece.new_empty(move.num_pieces, prod(move.piece_shape)) if together is None else together
@@ -156,7 +157,8 @@ def disk_tensors(plan: list[Move], read: "Read") -> Iterator[tuple[str, "torch.T
                 shared.append(move.to_disk(piece))
             else:
                 yield from move.split(number, piece)
-            del piece  # else it would be held while the next is read
+            number += 1  # noqa: SIM113
+            del piece  # else it would be held too
         if together is not None:
             yield move.disk[0], together.view(move.disk_shape)
         if len(shared) == move.part[1] > 1:

@@ -20,7 +20,7 @@ def family_of(model: ModelConfig) -> Family:
     kin = [family for family in FAMILIES if family.sparse == (model.moe is not None)]
     if model.architecture is not None:
         kin = [_named(model.architecture)]
-    lacking = {family.model_type: _differences(family, model) for family in kin}
+    lacking = {family.model_type: differences(family, model) for family in kin}
     for family in kin:
         if not lacking[family.model_type]:
             return family
@@ -48,7 +48,7 @@ def check_exportable(model: ModelConfig) -> None:
     family_of(model)
 
 
-def _differences(family: Family, model: ModelConfig) -> list[str]:
+def differences(family: Family, model: ModelConfig) -> list[str]:
     """What the model would have to change: what the row needs, and switches that it has no word for."""
     spoken = family.paths
     neutral = {path: value for path, value in NEUTRAL.items() if path not in spoken}

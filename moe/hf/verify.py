@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from moe.hf.convert import Read
 
+SELECTION_BIAS = "selection_bias_E"
 TOLERANCE = 1e-5
 """Largest difference of two float32 logits, relative to the largest logit."""
 
@@ -70,10 +71,37 @@ def verify(
     words: Words = Words(),
     python: str = sys.executable,
 ) -> Comparison:
-    """Compare the logits of `folder`, loaded by a fresh `python` with stock code, with those of our `Transformer`.
+    """`measure`, which must find the two equal.
 
     Ours runs on the weights rounded to `dtype`, as they are on disk, so one tolerance holds for both; with `rounded`
     theirs are rounded too. Raises `ExportError`: stock code cannot load the folder, or `Comparison.equal` is false.
+    """
+    result = measure(folder, model, read, dtype, rounded=rounded, words=words, python=python)
+    if not result.equal:
+        keys = (
+            f", and these names do not match: {', '.join(result.wrong_keys[:5])}" if result.wrong_keys else ""
+        )
+        raise ExportError(
+            f"transformers {result.transformers} differs from {words.ours} by {result.max_difference:.3g} with "
+            f"logits up to {result.logit_scale:.3g} (relative {result.relative_difference:.1e}, allowed "
+            f"{TOLERANCE:.0e}; KL {result.kl:.1e}){keys}: {words.consequence}. Please report the recipe as a bug."
+        )
+    return result
+
+
+def measure(
+    folder: Path,
+    model: ModelConfig,
+    read: "Read",
+    dtype: Dtype,
+    *,
+    rounded: bool = False,
+    words: Words = Words(),
+    python: str = sys.executable,
+) -> Comparison:
+    """Compare the logits of `folder`, loaded by a fresh `python` with stock code, with those of our `Transformer`.
+
+    `rounded` and `words` as in `verify`. Raises `ExportError`: stock code cannot load the folder.
     """
     with tempfile.TemporaryDirectory(prefix="turnout-verify-") as scratch:
         reference, report = Path(scratch) / "reference.safetensors", Path(scratch) / "report.json"
@@ -94,17 +122,7 @@ def verify(
             raise ExportError(
                 f"stock transformers cannot load {words.folder} ({last[0]}): {words.consequence}."
             )
-        result = Comparison(**json.loads(report.read_text(encoding="utf-8")))
-    if not result.equal:
-        keys = (
-            f", and these names do not match: {', '.join(result.wrong_keys[:5])}" if result.wrong_keys else ""
-        )
-        raise ExportError(
-            f"transformers {result.transformers} differs from {words.ours} by {result.max_difference:.3g} with "
-            f"logits up to {result.logit_scale:.3g} (relative {result.relative_difference:.1e}, allowed "
-            f"{TOLERANCE:.0e}; KL {result.kl:.1e}){keys}: {words.consequence}. Please report the recipe as a bug."
-        )
-    return result
+        return Comparison(**json.loads(report.read_text(encoding="utf-8")))
 
 
 def our_logits(
@@ -151,7 +169,8 @@ def _fill_before(
             weights[name] = memory[place]
             for index, piece in enumerate(read(f"{prefix}.{name}")):
                 here = weights[name] if piece.shape == missing.shape else weights[name][index]
-                here.copy_(piece.to(getattr(torch, TORCH_NAMES[dtype])))
+                wide = name.endswith(SELECTION_BIAS)  # which is float32 on disk too
+                here.copy_(piece if wide else piece.to(getattr(torch, TORCH_NAMES[dtype])))
         part.load_state_dict(weights, assign=True)
 
     part.register_forward_pre_hook(fill)

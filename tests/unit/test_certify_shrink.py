@@ -16,20 +16,38 @@ from moe.recipe import load
 SHRUNK: dict[type, set[str]] = {
     ModelConfig: {
         *("vocab_size", "hidden_size", "num_layers", "intermediate_size", "max_sequence_length", "init_std"),
-        *("attention", "moe"),
+        *("attention", "moe", "prediction_depth"),
     },
-    AttentionConfig: {"num_heads", "num_kv_heads", "head_dim"},
+    AttentionConfig: {
+        *(
+            "num_heads",
+            "num_kv_heads",
+            "head_dim",
+            "latent",
+            "sliding_window",
+            "window_layers",
+            "rope_fraction",
+        ),
+    },
     MoEConfig: {
         *("num_experts", "top_k", "expert_intermediate_size", "activation_limit", "latent_size"),
         *("num_expert_groups", "top_k_groups", "first_k_dense", "shared_expert_intermediate_size"),
+        "dense_layers",
     },
 }
 KEPT: dict[type, set[str]] = {
-    ModelConfig: {"norm_eps", "tie_embeddings"},
-    AttentionConfig: {"qk_norm", "qkv_bias", "rope_theta"},
+    ModelConfig: {
+        *("norm", "norm_placement", "norm_eps", "tie_embeddings", "head_bias", "architecture"),
+        *("embedding_multiplier", "residual_multiplier", "logit_divisor"),
+    },
+    AttentionConfig: {
+        *("qk_norm", "qkv_bias", "output_bias", "clip_qkv", "sinks", "output_gate", "scale"),
+        *("rope_theta", "rope_scaling", "rope_layers"),
+    },
     MoEConfig: {
         *("expert_activation", "expert_bias", "router_score", "router_choice", "normalize_top_k"),
-        *("route_scale", "group_score", "selection_bias", "shared_expert_gate"),
+        *("route_scale", "group_score", "selection_bias", "shared_expert_gate", "router_bias"),
+        *("sparsemixer_margin", "activation_alpha"),
     },
 }
 

@@ -72,6 +72,12 @@ print(growth(lambda: bytearray(10**8)))  # the control: what is held is seen
 """
 
 
+def _all(
+    shapes: dict[str, tuple[int, ...]], dtype: torch.dtype
+) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+    return {key: (shape, dtype) for key, shape in shapes.items()}
+
+
 def _large_run(folder: Path) -> Path:
     """A run whose every tensor holds its own number, made without holding them."""
     step = folder / "checkpoints/step_1"
@@ -81,7 +87,7 @@ def _large_run(folder: Path) -> Path:
         for number in range(move.num_pieces):
             shapes[f"weight/{move.ours}" + (f"[{number}]" if move.stacked else "")] = move.piece_shape
     tensors = ((key, torch.full(shape, float(n))) for n, (key, shape) in enumerate(shapes.items()))
-    write_tensors(step / "state.safetensors", shapes, torch.float32, tensors)
+    write_tensors(step / "state.safetensors", _all(shapes, torch.float32), tensors)
     return finish_run(folder, run_of(LARGE), 1, shapes)
 
 
@@ -124,8 +130,8 @@ def test_logits_layer_by_layer_are_those_of_the_whole_model(config: ModelConfig)
     whole = Transformer(config).eval()
     ids_BS = torch.randint(config.vocab_size, (2, 20), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
-        for name, parameter in whole.named_parameters():
-            parameter.copy_(source.weights[name])
+        for name, tensor in (*whole.named_parameters(), *whole.named_buffers()):
+            tensor.copy_(source.weights[name])
         assert torch.equal(our_logits(config, source.pieces, ids_BS), whole(ids_BS))
 
 
@@ -145,7 +151,7 @@ def test_a_piece_is_gone_before_the_next_is_read(dtype: torch.dtype, tmp_path: P
             del piece
 
     shapes = {key: move.disk_shape for move in plan for key in move.disk}
-    write_tensors(tmp_path / "x", shapes, dtype, disk_tensors(plan, one_by_one))
+    write_tensors(tmp_path / "x", _all(shapes, dtype), disk_tensors(plan, one_by_one))
     assert len(read) == sum(move.num_pieces for move in plan)
 
 
@@ -168,7 +174,7 @@ def test_a_streamed_file_is_one_that_safetensors_would_have_written(
 ) -> None:
     tensors = {"b": torch.randn(3, 5), "a": torch.randn(7), "ключ": torch.randn(2, 3, 4)[:, 1:]}
     path = tmp_path / "x.safetensors"
-    write_tensors(path, {k: tuple(t.shape) for k, t in tensors.items()}, dtype, iter(tensors.items()))
+    write_tensors(path, {k: (tuple(t.shape), dtype) for k, t in tensors.items()}, iter(tensors.items()))
     found = load_file(path)
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[key], tensors[key].to(dtype)) for key in tensors)
@@ -195,7 +201,7 @@ def test_tensors_that_come_as_nobody_planned_end_the_export(tmp_path: Path) -> N
         ([("a", a)], r"nothing \[0\] came where b \[3\] was planned"),
     ):
         with pytest.raises(ExportError, match=words):
-            write_tensors(tmp_path / "x", shapes, torch.float32, iter(came))
+            write_tensors(tmp_path / "x", _all(shapes, torch.float32), iter(came))
 
 
 def test_a_saved_model_reads_what_safetensors_reads(tmp_path: Path) -> None:

@@ -26,6 +26,7 @@ class Result:
     cross_entropy: torch.Tensor
     load_balancing: torch.Tensor
     router_z: torch.Tensor
+    further: torch.Tensor
     gradient_norm: torch.Tensor
     learning_rate: float
     num_tokens: int
@@ -43,6 +44,7 @@ def _result(device: str = "cpu") -> Result:
         cross_entropy=one,
         load_balancing=one,
         router_z=one,
+        further=one,
         gradient_norm=one,
         learning_rate=0.1,
         num_tokens=256,
