@@ -76,7 +76,7 @@ def config_page(
         # Theirs has its minimum at top_k, ours at 1 for any top_k.
         page["output_router_logits"] = False
         page["router_aux_loss_coef"] = load_balancing_weight / model.moe.top_k
-        if page["intermediate_size"] is None:  # no layer has this width, but readers want a number
+        if page.get("intermediate_size", 0) is None:  # no layer has this width, but readers want a number
             page["intermediate_size"] = model.moe.expert_intermediate_size
     return page
 
