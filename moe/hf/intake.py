@@ -108,8 +108,12 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_idle(page: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what stock code says but nothing in the model has: the width of dense layers where there are none."""
-    moe = page.get("moe")
+    """Leave out what stock code says but nothing in the model has, the width of dense layers where there are none, and
+    what follows from other settings.
+    """
+    attention, moe = page["attention"], page.get("moe")
+    if attention.get("head_dim") == page["hidden_size"] / attention["num_heads"]:
+        del attention["head_dim"]  # some stock code says it, some leaves it out
     if moe is not None:
         dense = moe.get("first_k_dense", 0) + len(moe.get("dense_layers", ()))
         if not dense:
