@@ -12,6 +12,7 @@ from moe.config.shape import shape_faults
 from moe.errors import CheckpointError, ConfigError
 from moe.hf.families import FAMILIES
 from moe.hf.family import NEUTRAL, SET, Family
+from moe.hf.match import differences
 
 _HARMLESS = {
     "attention_dropout",
@@ -87,6 +88,11 @@ def read_page(family: Family, page: Mapping[str, Any], default: Mapping[str, Any
     model = build(ModelConfig, _without_idle(_nested(found)), "the model")
     if faults := shape_faults(model):
         raise ConfigError("\n       ".join(faults))
+    if changes := differences(family, model):
+        raise ConfigError(
+            f"stock {family.model_type} has {', '.join(changes)}. Change the settings, if the weights allow it, or use "
+            f"another checkpoint."
+        )
     return model
 
 
@@ -112,7 +118,8 @@ def _without_idle(page: dict[str, Any]) -> dict[str, Any]:
     what follows from other settings.
     """
     attention, moe = page["attention"], page.get("moe")
-    if attention.get("head_dim") == page["hidden_size"] / attention["num_heads"]:
+    width = attention.get("head_dim")
+    if width is not None and width * attention["num_heads"] == page["hidden_size"]:
         del attention["head_dim"]  # some stock code says it, some leaves it out
     if moe is not None:
         dense = moe.get("first_k_dense", 0) + len(moe.get("dense_layers", ()))

@@ -20,7 +20,7 @@ def family_of(model: ModelConfig) -> Family:
     kin = [family for family in FAMILIES if family.sparse == (model.moe is not None)]
     if model.architecture is not None:
         kin = [_named(model.architecture)]
-    lacking = {family.model_type: _differences(family, model) for family in kin}
+    lacking = {family.model_type: differences(family, model) for family in kin}
     for family in kin:
         if not lacking[family.model_type]:
             return family
@@ -31,6 +31,23 @@ def family_of(model: ModelConfig) -> Family:
         f"{_spoken(kin, model)}. {_why(model)}Change it to one of\n"
         + "\n".join(f"       {model_type}: {', '.join(changes)}" for model_type, changes in ways[:NEAREST])
     )
+
+
+def differences(family: Family, model: ModelConfig) -> list[str]:
+    """What the model would have to change: what the row needs, and switches that it has no word for."""
+    spoken = family.paths
+    neutral = {path: value for path, value in NEUTRAL.items() if path not in spoken}
+    if family.sparse != (model.moe is not None):
+        return ["the section model.moe" if family.sparse else "model.moe=null"]
+    found = [
+        f"model.{path}={_word(value)}"
+        for path, value in {**family.needs, **neutral}.items()
+        if _applies(model, path) and not meets(model, path, value)
+    ]
+    for part in family.parts:
+        if _there(model, part.paths):
+            found += part.lacking(model)
+    return found
 
 
 def _named(architecture: str) -> Family:
@@ -46,23 +63,6 @@ def _named(architecture: str) -> Family:
 def check_exportable(model: ModelConfig) -> None:
     """Raise `ExportError` if no stock architecture equals the model."""
     family_of(model)
-
-
-def _differences(family: Family, model: ModelConfig) -> list[str]:
-    """What the model would have to change: what the row needs, and switches that it has no word for."""
-    spoken = family.paths
-    neutral = {path: value for path, value in NEUTRAL.items() if path not in spoken}
-    if family.sparse != (model.moe is not None):
-        return ["the section model.moe" if family.sparse else "model.moe=null"]
-    found = [
-        f"model.{path}={_word(value)}"
-        for path, value in {**family.needs, **neutral}.items()
-        if _applies(model, path) and not meets(model, path, value)
-    ]
-    for part in family.parts:
-        if _there(model, part.paths):
-            found += part.lacking(model)
-    return found
 
 
 def _applies(model: ModelConfig, path: str) -> bool:
