@@ -1,4 +1,4 @@
-"""Models that stock code made, in every architecture of the table: in, the same function, and out again, bit for bit."""
+"""Models that stock code made, of every row of the table: in, the same function, and out again, bit for bit."""
 
 import os
 import warnings
