@@ -49,6 +49,13 @@ class TensorFile:
         """Keys, in the order of the file's header, and their tensors' shapes."""
         return {key: tuple(entry["shape"]) for key, entry in self._entries.items()}
 
+    def check(self, key: str) -> None:
+        """Raise `CheckpointError` unless the tensor is of a type that can be read."""
+        if (dtype := self._entries[key]["dtype"]) not in _DTYPES:
+            raise CheckpointError(
+                f"{self.path}: {key} is of type {dtype}: weights are read as {', '.join(_DTYPES)}. Convert them first."
+            )
+
     def read(self, key: str) -> Tensor:
         """A tensor in memory of its own. Raises `CheckpointError` if the file cannot be read any more."""
         entry = self._entries[key]
@@ -63,12 +70,8 @@ class TensorFile:
         return self._bytes(key, start + first * each, start + end * each).view(end - first, *rest)
 
     def _bytes(self, key: str, start: int, end: int) -> Tensor:
+        self.check(key)
         entry = self._entries[key]
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(
-                f"{self.path}: {key} is of type {entry['dtype']}: weights are read as {', '.join(_DTYPES)}. Convert "
-                f"them first."
-            )
         raw = torch.empty(end - start, dtype=torch.uint8)
         try:
             with self.path.open("rb") as file:

@@ -25,7 +25,7 @@ from moe.hf.settings import (
     query_key_norm,
     shared_experts,
 )
-from moe.hf.windows import LAYER_WINDOWS, QWEN_MOE_WINDOW, QWEN_WINDOWS, UNIFORM_WINDOW
+from moe.hf.windows import QWEN_MOE_WINDOW, QWEN_WINDOWS, UNIFORM_WINDOW, layer_windows
 
 _SETTINGS = {
     "vocab_size": "vocab_size",
@@ -269,7 +269,12 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             "router_jitter_noise": "moe.sparsemixer_margin",
             "lm_head_bias": "head_bias",
         },
-        parts=(rope(), biases("attention_bias"), UNIFORM_WINDOW, heads(fill=True)),
+        parts=(
+            rope(scaled=False),
+            biases("attention_bias"),
+            UNIFORM_WINDOW,
+            heads(fill=True),
+        ),  # scaled, stock code wants longrope's keys
         constants=_CONSTANTS,
     ),
     Family(
@@ -313,7 +318,7 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             "swiglu_limit": "moe.activation_limit",
             "swiglu_alpha": "moe.activation_alpha",
         },
-        parts=(rope(), biases("attention_bias"), LAYER_WINDOWS),
+        parts=(rope(), biases("attention_bias"), layer_windows(always=True)),
         constants=_CONSTANTS,
     ),
     Family(
@@ -474,7 +479,7 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             biases("attention_bias"),
             groups(),
             shared_experts("n_shared_experts", "moe_intermediate_size", required=True),
-            LAYER_WINDOWS,
+            layer_windows(),
         ),
         constants=_CONSTANTS,
     ),
@@ -507,7 +512,7 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             rope(),
             groups(),
             shared_experts("num_shared_experts", "moe_intermediate_size", required=True),
-            LAYER_WINDOWS,
+            layer_windows(),
             MLP_TYPES,
         ),
         constants=_CONSTANTS,
@@ -554,7 +559,7 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             rope(),
             biases("attention_bias"),
             shared_experts("num_shared_experts", "moe_intermediate_size", required=True),
-            LAYER_WINDOWS,
+            layer_windows(),
             MUP_EMBEDDING,
         ),
         constants=_CONSTANTS,
@@ -580,7 +585,7 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             "attention_bias": "attention.qkv_bias",
         },
         parts=(
-            rope(partial=True),
+            rope(),
             groups(),
             shared_experts("n_shared_experts", "moe_intermediate_size", required=True),
         ),

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from moe import log
 from moe.checkpoint.unmapped import TensorFile
 from moe.config import ModelConfig
 from moe.errors import CheckpointError
@@ -36,9 +37,8 @@ class HFFolder:
         missing, unknown or of another shape.
         """
         family, model = model_of(path)
-        if (
-            family_of(model) is not family
-        ):  # an earlier row equals it too; what it came from, it becomes again
+        if family_of(model) is not family:
+            # An earlier row equals it too; what it came from, it becomes again.
             model = model.model_copy(update={"architecture": family.model_type})
         files = tensor_files(path)
         plan = moves(family, model)
@@ -46,6 +46,10 @@ class HFFolder:
             _is_prediction(move) and move.disk[0] in files for move in plan
         ):
             # Stock code drops the weights of prediction modules when it saves, and keeps the number.
+            log.get().warning(
+                f"{path}/config.json: num_nextn_predict_layers is {model.prediction_depth}, but the folder holds no "
+                f"weights of prediction modules: the model is read without."
+            )
             model = model.model_copy(update={"prediction_depth": 0})
             plan = moves(family, model)
         _account(path, plan, files)
@@ -78,15 +82,11 @@ class HFFolder:
 
 def tensor_files(path: Path) -> dict[str, TensorFile]:
     """Key -> the file that holds it, by the index or the one file there is; raises `CheckpointError`."""
+    weight_map: dict[str, str] = {}
     names = [SINGLE]
     if (path / INDEX).is_file():
-        try:
-            weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            names = sorted(set(weight_map.values()))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise CheckpointError(
-                f"{path / INDEX} cannot be read ({error}). Fetch the folder again."
-            ) from None
+        weight_map = _weight_map(path / INDEX)
+        names = sorted(set(weight_map.values()))
     elif not (path / SINGLE).is_file():
         raise CheckpointError(
             f"{path} holds neither {SINGLE} nor {INDEX}: weights are read from safetensors alone. Save them as such "
@@ -94,7 +94,7 @@ def tensor_files(path: Path) -> dict[str, TensorFile]:
         )
     found: dict[str, TensorFile] = {}
     for name in names:
-        if Path(name).name != name:
+        if Path(name).name != name or name in ("", ".."):
             raise CheckpointError(
                 f"{path / INDEX} names {name!r}: a file beside it is meant. Fetch the folder again."
             )
@@ -105,7 +105,24 @@ def tensor_files(path: Path) -> dict[str, TensorFile]:
                     f"{path}: {key} is in {found[key].path.name} and in {name}. Remove one."
                 )
             found[key] = file
+    for key, name in weight_map.items():
+        if key not in found or found[key].path.name != name:
+            raise CheckpointError(
+                f"{path / INDEX} says that {key} is in {name}, and it is not: the index belongs to other files. Fetch "
+                f"the folder again."
+            )
     return found
+
+
+def _weight_map(path: Path) -> dict[str, str]:
+    """Key -> name of a file, as the index has it."""
+    try:
+        weight_map: dict[str, str] = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
+        if not weight_map or not all(isinstance(name, str) for name in weight_map.values()):
+            raise ValueError("its weight_map names no files")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise CheckpointError(f"{path} cannot be read ({error}). Fetch the folder again.") from None
+    return weight_map
 
 
 def _account(path: Path, plan: list[Move], files: dict[str, TensorFile]) -> None:
@@ -118,6 +135,7 @@ def _account(path: Path, plan: list[Move], files: dict[str, TensorFile]) -> None
                 raise CheckpointError(
                     f"{path}: {key} is missing, which config.json calls for. Fetch the folder again, whole."
                 )
+            files[key].check(key)
             found = files[key].shapes()[key]
             if found != move.disk_shape:
                 raise CheckpointError(
@@ -137,20 +155,32 @@ def _account(path: Path, plan: list[Move], files: dict[str, TensorFile]) -> None
 
 
 def _is_tied_head(key: str, plan: list[Move]) -> bool:
-    """Some files hold the embedding a second time as the head; stock code does not look at it."""
+    """Some files hold the embedding a second time as the head."""
     return key == "lm_head.weight" and all(move.ours != "head.weight" for move in plan)
 
 
 def _compare_copies(path: Path, plan: list[Move], files: dict[str, TensorFile]) -> None:
     first = {move.ours: move.disk[0] for move in plan if not move.copy}
+    head, embedding = "lm_head.weight", first["embed.weight"]
+    if head in files and _is_tied_head(head, plan) and not _equal(files, head, embedding):
+        # Stock code of 5.x then does not tie them.
+        raise CheckpointError(
+            f"{path}: {head} differs from {embedding}, but config.json ties them (tie_word_embeddings). Set that to "
+            f"false, or remove {head}."
+        )
     for move in plan:
-        if move.copy and (key := move.disk[0]) in files:
-            ours, theirs = files[first[move.ours]].read(first[move.ours]), files[key].read(key)
-            if not bool((ours == theirs).all()):
-                raise CheckpointError(
-                    f"{path}: {key} differs from {first[move.ours]}, and the prediction module here shares it. "
-                    f"Remove the module: set num_nextn_predict_layers to 0 and drop its keys."
-                )
+        if move.copy and (key := move.disk[0]) in files and not _equal(files, key, first[move.ours]):
+            raise CheckpointError(
+                f"{path}: {key} differs from {first[move.ours]}, and the prediction module here shares it. "
+                f"Remove the module: set num_nextn_predict_layers to 0 and drop its keys."
+            )
+
+
+def _equal(files: dict[str, TensorFile], key: str, other: str) -> bool:
+    """Whether two tensors are; of another shape they are not."""
+    import torch
+
+    return torch.equal(files[key].read(key), files[other].read(other))
 
 
 def _is_prediction(move: Move) -> bool:

@@ -12,6 +12,7 @@ from moe.config.shape import shape_faults
 from moe.errors import CheckpointError, ConfigError
 from moe.hf.families import FAMILIES
 from moe.hf.family import NEUTRAL, SET, Family
+from moe.hf.match import differences
 
 _HARMLESS = {
     "attention_dropout",
@@ -87,6 +88,11 @@ def read_page(family: Family, page: Mapping[str, Any], default: Mapping[str, Any
     model = build(ModelConfig, _without_idle(_nested(found)), "the model")
     if faults := shape_faults(model):
         raise ConfigError("\n       ".join(faults))
+    if changes := differences(family, model):
+        raise ConfigError(
+            f"stock {family.model_type} has {', '.join(changes)}. Change the settings, if the weights allow it, or use "
+            f"another checkpoint."
+        )
     return model
 
 
@@ -108,8 +114,13 @@ def _nested(values: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _without_idle(page: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what stock code says but nothing in the model has: the width of dense layers where there are none."""
-    moe = page.get("moe")
+    """Leave out what stock code says but nothing in the model has, the width of dense layers where there are none, and
+    what follows from other settings.
+    """
+    attention, moe = page["attention"], page.get("moe")
+    width = attention.get("head_dim")
+    if width is not None and width * attention["num_heads"] == page["hidden_size"]:
+        del attention["head_dim"]  # some stock code says it, some leaves it out
     if moe is not None:
         dense = moe.get("first_k_dense", 0) + len(moe.get("dense_layers", ()))
         if not dense:

@@ -33,21 +33,6 @@ def family_of(model: ModelConfig) -> Family:
     )
 
 
-def _named(architecture: str) -> Family:
-    for family in FAMILIES:
-        if family.model_type == architecture:
-            return family
-    raise ExportError(
-        f"model.architecture is {architecture!r}, which is not in the table of architectures. There are "
-        f"{', '.join(sorted(family.model_type for family in FAMILIES))}."
-    )
-
-
-def check_exportable(model: ModelConfig) -> None:
-    """Raise `ExportError` if no stock architecture equals the model."""
-    family_of(model)
-
-
 def differences(family: Family, model: ModelConfig) -> list[str]:
     """What the model would have to change: what the row needs, and switches that it has no word for."""
     spoken = family.paths
@@ -63,6 +48,21 @@ def differences(family: Family, model: ModelConfig) -> list[str]:
         if _there(model, part.paths):
             found += part.lacking(model)
     return found
+
+
+def _named(architecture: str) -> Family:
+    for family in FAMILIES:
+        if family.model_type == architecture:
+            return family
+    raise ExportError(
+        f"model.architecture is {architecture!r}, which is not in the table of architectures. There are "
+        f"{', '.join(sorted(family.model_type for family in FAMILIES))}."
+    )
+
+
+def check_exportable(model: ModelConfig) -> None:
+    """Raise `ExportError` if no stock architecture equals the model."""
+    family_of(model)
 
 
 def _applies(model: ModelConfig, path: str) -> bool:

@@ -22,8 +22,8 @@ _KEYS = {"linear": {}, "llama3": {**_ORIGINAL, **_LLAMA}, "yarn": {**_ORIGINAL, 
 _THETA, _SCALING, _FRACTION = "attention.rope_theta", "attention.rope_scaling", "attention.rope_fraction"
 
 
-def rope(*, partial: bool = False, rotary_dim: bool = False) -> Part:
-    """Base, scaling and, where stock code knows it, the share of a head that is rotated.
+def rope(*, partial: bool = False, rotary_dim: bool = False, scaled: bool = True) -> Part:
+    """Base and, where stock code knows them, scaling and the share of a head that is rotated.
 
     4.x reads `rope_theta` and `rope_scaling` and, without them, silently takes its own defaults.
     """
@@ -50,10 +50,12 @@ def rope(*, partial: bool = False, rotary_dim: bool = False) -> Part:
         elif fraction != 1:
             raise ValueError(f"partial_rotary_factor is {fraction}")
         found[_SCALING] = _read(kind, parameters, page["max_position_embeddings"])
+        if found[_SCALING] is not None and not scaled:
+            raise ValueError(f"rope_type is {kind}")
         return found
 
     keys = {"rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor"}
-    paths = {_THETA, _SCALING} | ({_FRACTION} if partial else set())
+    paths = {_THETA} | ({_SCALING} if scaled else set()) | ({_FRACTION} if partial else set())
     return Part(frozenset(keys | ({"rotary_dim"} if rotary_dim else set())), frozenset(paths), write, read)
 
 

@@ -37,16 +37,16 @@ def _windows(page: Page) -> dict[str, Any]:
     return {"attention.sliding_window": page["sliding_window"], "attention.window_layers": some}
 
 
-LAYER_WINDOWS = Part(
-    keys=frozenset({"sliding_window", "layer_types"}),
-    paths=_WINDOW_PATHS,
-    write=lambda model: {
-        "sliding_window": model.attention.sliding_window,
-        "layer_types": _window_types(model),
-    },
-    read=_windows,
-)
-"""Each layer has the window or not (GPT-OSS)."""
+def layer_windows(*, always: bool = False) -> Part:
+    """Each layer has the window or not. `always`: stock code wants a width even where no layer has it."""
+
+    def write(model: ModelConfig) -> dict[str, Any]:
+        window = model.attention.sliding_window
+        if window is None and always:
+            window = model.max_sequence_length  # changes nothing, whoever takes it for a layer's own
+        return {"sliding_window": window, "layer_types": _window_types(model)}
+
+    return Part(frozenset({"sliding_window", "layer_types"}), _WINDOW_PATHS, write, _windows)
 
 
 def _qwen_windows(*, per_layer: bool) -> Part:
