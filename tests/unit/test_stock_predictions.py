@@ -25,7 +25,7 @@ from tests.unit.test_stock_families import GRADIENTS, LOGITS, export, far, ids, 
 BLOCKS = "mtp_block."
 NAMES = {"post_norm.weight": "shared_head.norm.weight"}
 COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
-MODELS = ["deepseek_v3", "glm4_moe", "glm4_moe, groups biased", "deepseek_v3, yarn"]
+MODELS = ["deepseek_v3", "glm4_moe", "glm4_moe, groups biased", "glm4_moe_lite", "deepseek_v3, yarn"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,6 +43,8 @@ def with_modules(name: str, folder: Path, depth: int = 1, *, copies: bool = True
     case = CASES[name]
     case = StockCase(case.model_type, {**case.settings, "num_nextn_predict_layers": depth})
     main = stock_folder(case, folder)
+    # Where stock code does not know of them, it still has all that they are made of.
+    main.config.num_mtp_layers, main.config.mtp_mlp_layer_types = depth, ["sparse"] * depth
     modules = MtpModel(main, depth).eval()
     fill(modules.layers, seed=1)
     weights = load_file(folder / "model.safetensors")
@@ -113,7 +115,7 @@ def test_modules_give_the_hidden_states_and_logits_of_stock_code(
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("name", MODELS[:3])
+@pytest.mark.parametrize("name", MODELS[:4])
 def test_modules_come_out_bit_for_bit(name: str, depth: int, tmp_path: Path) -> None:
     with_modules(name, tmp_path / "model", depth)
     folder = HFFolder.open(tmp_path / "model")
