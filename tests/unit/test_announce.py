@@ -31,7 +31,7 @@ def test_a_caution_is_said_once_by_the_first_rank_alone(
     try:
         for speaks in (True, False):
             ranks: Any = SimpleNamespace(speaks=speaks, world_size=1, device=SimpleNamespace(type="cpu"))
-            data: Any = SimpleNamespace(num_tokens=lambda split: 1000)
+            data: Any = SimpleNamespace(is_chat=False, num_tokens=lambda split: 1000)
             state: Any = SimpleNamespace(step=0)
             train._announce(run, data, ranks, state)
     finally:
