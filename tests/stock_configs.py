@@ -225,6 +225,17 @@ CASES: dict[str, StockCase] = {
     **_of(
         "phimoe",
         {**_COMMON, **_LOCAL, "router_jitter_noise": 0.2},
+        longrope={
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1234.0,
+                "short_factor": [1.0, 1.3],
+                "long_factor": [1.0, 4.0],
+                "short_mscale": 1.1,
+                "long_mscale": 1.3,
+                "original_max_position_embeddings": 48,
+            },
+        },
         square={**_SQUARE_FILL, **_SQUARE_LOCAL, "num_experts_per_tok": 2},
         tied=_TIED,
         biased_window={

@@ -270,11 +270,11 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             "lm_head_bias": "head_bias",
         },
         parts=(
-            rope(scaled=False),
+            rope(kinds=("longrope",)),
             biases("attention_bias"),
             UNIFORM_WINDOW,
             heads(fill=True),
-        ),  # scaled, stock code wants longrope's keys
+        ),
         constants=_CONSTANTS,
     ),
     Family(
