@@ -90,6 +90,7 @@ class Transformer(nn.Module):
         if self.training and len(self.predictions):
             # Labels are the tokens that follow, where they are predicted; elsewhere the input has them.
             next_BS = torch.where(labels_BS < 0, ahead(input_ids_BS, 1), labels_BS)
+            next_BS = next_BS if mask_BS is None else next_BS * mask_BS
             further, more = self._foretell(h_BSD, turn, next_BS, labels_BS, mask_BS, jitter)
             records += more
         return ModelOutput(cross_entropy, tuple(r for r in records if r is not None), further)
