@@ -7,8 +7,10 @@ FOLDER/tokenizer/                 a Hugging Face tokenizer folder
 """
 
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -128,6 +130,13 @@ class TokenData:
         facts = self._facts(split)
         return facts.documents if facts else 0
 
+    def document_lengths(self, split: str) -> np.typing.NDArray[np.int64]:
+        """Tokens of each document, in order."""
+        facts = self._facts(split)
+        names = [] if facts is None else [shard.name for shard in facts.shards]
+        lengths = [Index.read(self.folder / f"{name}.idx").lengths_S for name in names]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *lengths]).astype(np.int64)
+
     def tokens(self, split: str, start: int, stop: int) -> Tokens:
         """Ids `[stop - start]`, uint16 or int32, of the split's documents end to end, across shards.
 
@@ -138,11 +147,11 @@ class TokenData:
             raise IndexError(
                 f"tokens {start} to {stop} of {split}, which has {self.num_tokens(split)} tokens"
             )
-        ends_H, shards = self._shards.get(split, (np.zeros(0, dtype=np.int64), []))
-        first = int(np.searchsorted(ends_H, start, side="right"))
+        ends, shards = self._shards.get(split, ([], []))
+        first = bisect_right(ends, start)
         parts = []
-        for shard_N, end in zip(shards[first:], ends_H[first:], strict=True):
-            begin = int(end) - len(shard_N)
+        for shard_N, end in zip(shards[first:], ends[first:], strict=True):
+            begin = end - len(shard_N)
             parts.append(shard_N[max(start - begin, 0) : stop - begin])
             if stop <= end:
                 break
@@ -168,11 +177,15 @@ class TokenData:
         return next((facts for name, facts in self.manifest.splits.items() if name == split), None)
 
     @cached_property
-    def _shards(self) -> dict[str, tuple[np.typing.NDArray[np.int64], list[Tokens]]]:
+    def _shards(self) -> dict[str, tuple[list[int], list[Tokens]]]:
+        # A memmap's slices cost several times a plain array's.
         return {
             split: (
-                np.cumsum([shard.tokens for shard in facts.shards], dtype=np.int64),
-                [open_tokens(self.folder / f"{s.name}.bin", self.manifest.dtype) for s in facts.shards],
+                list(accumulate(shard.tokens for shard in facts.shards)),
+                [
+                    np.asarray(open_tokens(self.folder / f"{s.name}.bin", self.manifest.dtype))
+                    for s in facts.shards
+                ],
             )
             for split, facts in self.manifest.splits.items()
         }
