@@ -128,6 +128,13 @@ def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order(
     assert len({tuple(epoch) for epoch in epochs}) == 3
 
 
+def test_what_is_left_at_the_end_is_a_short_row_of_the_epoch(tmp_path: Path) -> None:
+    data = raw_data(tmp_path / "d", {"train": [list(range(2, 2 + 2 * LENGTH + 3))]}, vocab_size=500)
+    ((batch,),) = _steps(data, 1, global_batch_size=3, micro_batch_size=3)
+    assert sorted(batch.labels_BS[batch.mask_BS].tolist()) == list(range(3, 2 + 2 * LENGTH + 3))
+    assert sorted(batch.mask_BS.sum(1).tolist()) == [2, LENGTH, LENGTH]
+
+
 def test_a_resumed_run_sees_what_the_uninterrupted_one_does(data: TokenData) -> None:
     whole = _rows(_steps(data, 12))
     for start in (1, 3, 11):
