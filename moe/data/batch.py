@@ -4,8 +4,8 @@ Suffixes: B sequences of a micro-batch, S positions of a row, P of them here.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -15,8 +15,7 @@ IGNORED = -100
 """The label of a position that predicts nothing, as in `transformers`."""
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A sample."""
 
     ids_S: npt.NDArray[np.int64]
@@ -42,7 +41,7 @@ class Row:
         """Only so many predictions from the beginning, and what comes before them."""
         counted_N = np.cumsum(self.labels_S[: self.filled] >= 0)
         filled = int(np.searchsorted(counted_N, predictions)) + 1 if predictions else 0
-        return replace(self, filled=min(filled, self.filled))
+        return self._replace(filled=min(filled, self.filled))
 
 
 @dataclass(frozen=True)

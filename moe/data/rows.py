@@ -140,7 +140,7 @@ class PackedRows:
             ids_S[at : at + length] = self._data.tokens(self._split, start, start + length)
             at += length
         labels_S = np.empty_like(ids_S)
-        labels_S[:-1] = ids_S[1:]
+        labels_S[: at - 1] = ids_S[1:at]
         labels_S[at - 1 :] = IGNORED
         if at == self._length and len(starts) == 1 and not self._ends(starts[0] + at):
             labels_S[-1] = self._data.tokens(self._split, starts[0] + at, starts[0] + at + 1)[0]

@@ -143,14 +143,13 @@ class TokenData:
         Read-only memory of the file where one shard holds them all, else a copy. Raises `IndexError` unless
         0 <= start <= stop <= num_tokens(split), and `DataError` for an id that the vocabulary does not have.
         """
-        if not 0 <= start <= stop <= self.num_tokens(split):
-            raise IndexError(
-                f"tokens {start} to {stop} of {split}, which has {self.num_tokens(split)} tokens"
-            )
         ends, shards = self._shards.get(split, ([], []))
-        first = bisect_right(ends, start)
+        total = ends[-1] if ends else 0
+        if not 0 <= start <= stop <= total:
+            raise IndexError(f"tokens {start} to {stop} of {split}, which has {total} tokens")
         parts = []
-        for shard_N, end in zip(shards[first:], ends[first:], strict=True):
+        for place in range(bisect_right(ends, start), len(ends)):
+            shard_N, end = shards[place], ends[place]
             begin = end - len(shard_N)
             parts.append(shard_N[max(start - begin, 0) : stop - begin])
             if stop <= end:
@@ -164,14 +163,18 @@ class TokenData:
     def _check_ids(self, split: str, start: int, ids_N: Tokens) -> None:
         # Bytes whose hash nobody checked, or an edited manifest, would end as an index error deep in the model.
         # Seen as unsigned, a negative id is a large one.
-        unsigned_N = ids_N.view(ids_N.dtype.str.replace("i", "u"))
-        if len(ids_N) and unsigned_N.max() >= self.vocab_size:
+        unsigned_N = ids_N.view("<u4") if ids_N.itemsize == 4 else ids_N
+        if len(ids_N) and np.maximum.reduce(unsigned_N) >= self._vocab_size:
             at = int((unsigned_N >= self.vocab_size).argmax())
             raise DataError(
                 f"{self.folder}: token {start + at} of the {split} split has id {int(ids_N[at])}, but the manifest's "
                 f"vocabulary has {self.vocab_size} tokens, from 0 on. The shards or the manifest were changed or "
                 f"damaged: prepare the data again, or copy it again."
             )
+
+    @cached_property
+    def _vocab_size(self) -> int:
+        return self.vocab_size  # asked for with every row
 
     def _facts(self, split: str) -> SplitFacts | None:
         return next((facts for name, facts in self.manifest.splits.items() if name == split), None)
