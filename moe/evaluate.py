@@ -27,7 +27,9 @@ _UNIGRAM_BLOCK = 1 << 22
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Held-out figures; every token of the split is predicted once, from at most sequence_length before it."""
+    """Held-out figures; every token of the split is predicted once, from at most sequence_length before it; but for
+    the first of a document where documents do not see each other.
+    """
 
     step: int
     loss: float
@@ -62,12 +64,17 @@ def evaluate(run_folder: Path, step: int | None = None, batch_size: int = 16) ->
     model.to(device).eval()
     nats, tokens, load_LE = 0.0, 0, None
     batches = validation_batches(
-        data, sequence_length=run.data.sequence_length, batch_size=batch_size, rank=0, world_size=1
+        data,
+        sequence_length=run.data.sequence_length,
+        batch_size=batch_size,
+        rank=0,
+        world_size=1,
+        packing=run.data.packing,
+        attend_across_documents=run.data.attend_across_documents,
     )
     with torch.no_grad():
         for batch in batches:
-            ids, labels, mask = (t.to(device) for t in (batch.input_ids_BS, batch.labels_BS, batch.mask_BS))
-            output = model(ids, labels, mask)
+            output = model(*batch.on(device).inputs())
             nats += float(output.cross_entropy)
             tokens += batch.num_predictions
             if (here_LE := local_load(output)) is not None:
@@ -77,18 +84,25 @@ def evaluate(run_folder: Path, step: int | None = None, batch_size: int = 16) ->
         step=step,
         loss=nats / tokens,
         bits_per_byte=nats / math.log(2) / num_bytes,
-        unigram_bits_per_byte=unigram_nats(data) / math.log(2) / num_bytes,
+        unigram_bits_per_byte=unigram_nats(data, apart=not run.data.attend_across_documents)
+        / math.log(2)
+        / num_bytes,
         tokens=tokens,
         bytes=num_bytes,
         tokens_per_expert=None if load_LE is None else load_LE.tolist(),
     )
 
 
-def unigram_nats(data: TokenData) -> float:
-    """Nats, summed over the same predictions, of the training split's token frequencies with one added to each."""
+def unigram_nats(data: TokenData, *, apart: bool = False) -> float:
+    """Nats, summed over the same predictions, of the training split's token frequencies with one added to each.
+
+    `apart`: documents do not see each other, so that nothing predicts their first tokens.
+    """
     counts = _counts(data, "train", 0) + 1
     # The first token of the split is predicted by nobody.
     predicted = _counts(data, "validation", 1)
+    if apart and not data.is_chat:
+        predicted -= _first_tokens(data, "validation")
     return float(-(predicted * np.log(counts / counts.sum())).sum())
 
 
@@ -103,6 +117,14 @@ def _counts(data: TokenData, split: str, start: int) -> "np.ndarray[tuple[int], 
         tokens = data.tokens(split, begin, min(begin + _UNIGRAM_BLOCK, end))
         counts += np.bincount(tokens, minlength=data.vocab_size)
     return counts
+
+
+def _first_tokens(data: TokenData, split: str) -> "np.ndarray[tuple[int], np.dtype[np.int64]]":
+    """Counts of the tokens that all documents but the split's first begin with."""
+    length_D = data.document_lengths(split)
+    starts = (np.cumsum(length_D) - length_D)[length_D > 0][1:].tolist()
+    firsts = [int(data.tokens(split, start, start + 1)[0]) for start in starts]
+    return np.bincount(np.array(firsts, dtype=np.int64), minlength=data.vocab_size)
 
 
 def _load(run_folder: Path, step: int | None) -> tuple[RunConfig, Transformer, int]:

@@ -26,6 +26,7 @@ from moe.stop import StopSignal
 
 if TYPE_CHECKING:
     from moe.checkpoint.save import TrainState
+    from moe.data.sources import Sources
     from moe.engine.engine import Engine
     from moe.metrics import Meter, Tracker
 
@@ -52,7 +53,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
             f"Choose another run_dir."
         )
-    manifest = identity.check(run, data.fingerprint)
+    manifest = identity.check(run, _sources(run, data).fingerprint)
     space.check(run, manifest)
     if manifest is None and run.init_from is not None:  # else the checkpoint is what counts
         beginning.check_tokenizer(data.tokenizer_folder, run.init_from)
@@ -79,23 +80,22 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
     from moe.advance import advance
     from moe.checkpoint.resume import restore
     from moe.checkpoint.save import Saver
-    from moe.data.loader import train_batches
     from moe.engine.build import build
     from moe.engine.engine import Engine
     from moe.metrics import Meter, Tracker
 
-    goes_on = identity.check(run, data.fingerprint) is not None
+    sources = _sources(run, data)
+    goes_on = identity.check(run, sources.fingerprint) is not None
     _on_the_first_rank(ranks, lambda: _verify_inputs(run, goes_on))
     weights = None if goes_on else beginning.begin(run)
     engine = Engine.start(run, build(run, ranks, weights), ranks)
-    state = restore(engine, data.fingerprint)
+    state = restore(engine, sources.fingerprint)
     # Only now is it sure that this run may write there.
     lock = ExitStack()
     _on_the_first_rank(ranks, lambda: _take_folder(run, data, state, lock))
-    _announce(run, data, ranks, state)
-    batches = train_batches(
-        data,
-        sequence_length=run.data.sequence_length,
+    _announce(run, sources, ranks, state)
+    batches = sources.batches(
+        run.data,
         global_batch_size=run.train.global_batch_size,
         micro_batch_size=run.train.micro_batch_size,
         rank=ranks.data_rank,
@@ -107,14 +107,16 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
     with (
         lock,
         Tracker.open(run, speaks=ranks.speaks, step=state.step) as tracker,
-        Saver.open(engine, data.fingerprint, state.step, tracker) as saver,
+        Saver.open(engine, sources.fingerprint, state.step, tracker) as saver,
     ):
         meter = Meter(run, ranks, tracker)
         if state.step == 0:
             _evaluate(run, data, engine, tracker, state, meter)
         while state.step < run.train.steps and not ranks.any(stop.received or saver.poll()):
             observe = meter.due(state.step + 1)
-            result = engine.step(_next(batches), state.step, observe=observe, guard=state.guard)
+            with meter.waiting():
+                here = _next(batches)
+            result = engine.step(here, state.step, observe=observe, guard=state.guard)
             if result.fault:
                 saver.settle()  # if the run is rolled back, then to the newest checkpoint at every try
             state = advance(engine, state, result, meter)
@@ -124,6 +126,13 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
                     saver.save(state)
         saver.finish(state)
         return _finish(run, ranks, state)  # the folder is still ours
+
+
+def _sources(run: RunConfig, data: TokenData, *, verify: bool = False) -> "Sources":
+    from moe.data.sources import open_sources
+
+    batch, steps = run.train.global_batch_size, run.train.steps
+    return open_sources(run.data, data, global_batch_size=batch, steps=steps, seed=run.seed, verify=verify)
 
 
 def _next(batches: Iterator[tuple[Any, ...]]) -> tuple[Any, ...]:
@@ -156,6 +165,8 @@ def _evaluate(
             rank=engine.ranks.data_rank,
             world_size=engine.ranks.data_world_size,
             positions=engine.ranks.positions(run.data.sequence_length),
+            packing=run.data.packing,
+            attend_across_documents=run.data.attend_across_documents,
         )
         nats, tokens = (float(total) for total in engine.evaluate(batches))
         if tracker is not None:
@@ -184,7 +195,7 @@ def _on_the_first_rank(ranks: dist.Ranks, work: Callable[[], None]) -> None:
 def _verify_inputs(run: RunConfig, goes_on: bool) -> None:
     """Hash what is read: shards, and the checkpoint that the run begins with."""
     if run.data.verify_hashes:
-        TokenData.open(Path(run.data.path), verify=True)
+        _sources(run, TokenData.open(Path(run.data.path), verify=True), verify=True)
     if not goes_on:
         beginning.begin(run, verify=True)
 
@@ -212,7 +223,7 @@ def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: Exi
         ) from None
 
 
-def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainState") -> None:
+def _announce(run: RunConfig, sources: "Sources", ranks: dist.Ranks, state: "TrainState") -> None:
     if not ranks.speaks:
         return
     from moe.model import count, kept_by_experts, lora
@@ -249,14 +260,8 @@ def _announce(run: RunConfig, data: TokenData, ranks: dist.Ranks, state: "TrainS
         run.data.sequence_length,
         accumulation,
     )
-    sequences = run.train.steps * run.train.global_batch_size
-    if data.is_chat:
-        number = data.num_documents("train")
-        say("%s conversations in %s: %.2f epochs", f"{number:,}", run.data.path, sequences / number)
-    else:
-        number = data.num_tokens("train")
-        epochs = sequences * run.data.sequence_length / number
-        say("%s training tokens in %s: %.2f epochs", f"{number:,}", run.data.path, epochs)
+    for use in sources.uses:
+        say("%s", use.sentence())
     if state.step:
         say("going on from step %d of %d", state.step, run.train.steps)
     elif run.init_from is not None:

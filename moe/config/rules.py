@@ -6,6 +6,7 @@ from typing import Protocol
 from moe.config.base import refuse
 from moe.config.guard import guard_faults
 from moe.config.lora import lora_faults
+from moe.config.mixture import mixture_faults
 from moe.config.numbers import choice, divisors
 from moe.config.parallel import parallel_faults
 from moe.config.run import BalanceConfig, OptimizerConfig, RunConfig, ScheduleConfig, TrainConfig
@@ -19,6 +20,7 @@ def check(run: RunConfig) -> None:
         [
             *shape_faults(run.model),
             *_sequence(run),
+            *mixture_faults(run.data.mixture, run.train.steps),
             *_optimizer(run),
             *_schedule(run),
             *guard_faults(
@@ -131,7 +133,7 @@ def check_data(run: RunConfig, data: DataFacts) -> None:
     tokens, needed = data.num_tokens("train"), run.data.sequence_length + 1
     if (longest := data.longest_conversation()) is not None:
         faults += _longest(run, longest)
-    elif tokens < needed:
+    elif tokens < needed and run.data.mixture is None:
         faults.append(
             f"data.sequence_length is {run.data.sequence_length}, but the training split of {run.data.path} has "
             f"{tokens} tokens: it must hold at least one sequence and its next token. "

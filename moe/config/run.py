@@ -8,6 +8,7 @@ from pydantic import BeforeValidator, Field, NonNegativeFloat, PositiveFloat, mo
 from moe.config.base import Count, PathText, Section, Size
 from moe.config.guard import GuardConfig
 from moe.config.lora import LoraConfig
+from moe.config.mixture import MixtureConfig
 from moe.config.model import Fraction, ModelConfig, Precision
 
 Beta = Annotated[float, Field(ge=0.0, lt=1.0)]
@@ -26,10 +27,18 @@ ZeroStage = Annotated[Literal[0, 1, 2, 3], BeforeValidator(_whole)]
 class DataConfig(Section):
     path: PathText
     """Folder made by `turnout prepare`: shards, manifest, tokenizer."""
+    mixture: MixtureConfig | None = None
+    """What to train on instead of that folder's training split; null: that. Tokenizer and validation stay its own."""
     sequence_length: Size
     """Tokens in a training sequence."""
     verify_hashes: bool = True
     """Hash every shard against the manifest before training starts."""
+    packing: Literal["concatenate", "best_fit"] = "concatenate"
+    """How documents fill sequences: end to end, cut wherever one ends (a conversation has a sequence to itself), or so
+    that none is cut that fits (arXiv:2404.10830)."""
+    attend_across_documents: bool = True
+    """See, and predict, the next document from those before it in the sequence; false: each is on its own, with
+    positions from 0."""
 
 
 class OptimizerConfig(Section):

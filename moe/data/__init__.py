@@ -1,1 +1,1 @@
-"""Token shards on disk -> batches: `shards` reads and writes them, `loader` makes batches of them."""
+"""Token shards on disk -> batches: `shards` reads and writes them, `rows` cuts or packs, `loader` deals them out."""

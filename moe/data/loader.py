@@ -1,66 +1,36 @@
-"""Token shards -> batches, in an order that is a function of the seed and the step alone.
+"""Rows of tokens -> batches, in an order that is a function of the seed and the step alone.
 
-The split's documents lie end to end; sample i is tokens [i S, (i + 1) S] of them, S = sequence_length and one
-more to predict. Sample j of step s is number s G + j, G = global_batch_size, of an endless row of epochs, each a
-permutation of all samples; rank r of W takes j in [r G / W, (r + 1) G / W). Hence neither the number of ranks
-nor the size of micro-batches changes what a step sees, and a run goes on at any step at once. Ranks that share
-sequences are one such r together; each takes its own positions of the same rows.
+Sample j of step s is number s G + j, G = global_batch_size, of an endless line; rank r of W takes j in
+[r G / W, (r + 1) G / W). Of one folder that line is epochs, each a permutation of all its rows; of a mixture, each
+source has such epochs, and the mixture says whose turn it is. Hence neither the number of ranks nor the size of
+micro-batches changes what a step sees, and a run goes on at any step at once: the step is all the state there is. Ranks
+that share sequences are one such r together; each takes its own positions of the same rows.
 
-Of conversations each is a sample, however short: it is never cut, and what is left of its row is padding. What others
-than the assistant wrote is seen, by the experts too, but not predicted. (A row has one conversation because attention
-would see from one into the other.)
-
-Suffixes: B sequences of a micro-batch, S tokens of a sequence, N tokens.
+Suffixes: B sequences of a micro-batch, S tokens of a sequence.
 """
 
 import importlib
 import logging
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from types import ModuleType
-from typing import Any, NamedTuple, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
-import numpy as np
-import torch
 import xxhash
 
-from moe.data.conversations import Conversations
-from moe.data.shards import TokenData
+from moe.data.batch import IGNORED, Batch, Row
+from moe.data.mixture import Mixture
+from moe.data.rows import FirstRows, Packing, Rows, TokenSource, open_rows
 from moe.errors import DataError
 
+__all__ = ["IGNORED", "WHOLE", "Batch", "train_batches", "validation_batches"]
+
 WHOLE = slice(None)
-IGNORED = -100
-"""The label of a position that predicts nothing, as in `transformers`."""
 _PREFETCHED_STEPS = 2
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Rows of tokens, what comes after each of them, and which of them are more than padding."""
-
-    input_ids_BS: torch.Tensor  # int64
-    labels_BS: torch.Tensor
-    """int64; `IGNORED` where the next token is not predicted."""
-    mask_BS: torch.Tensor
-    """bool: False for padding, which counts nowhere. Whatever is not padding is routed and balanced."""
-
-    def predicted(self) -> torch.Tensor:
-        """Bool [B, S]: positions whose prediction counts in the loss."""
-        return self.mask_BS & (self.labels_BS >= 0)
-
-    @property
-    def num_predictions(self) -> int:
-        """Positions whose prediction counts."""
-        return int(self.predicted().sum())
-
-    def part(self, positions: slice) -> "Batch":
-        """Some positions of every row; a label goes with its token, so nothing is lost between parts."""
-        return Batch(*(tensor[:, positions].contiguous() for tensor in vars(self).values()))
-
-
 def train_batches(
-    data: TokenData,
+    data: TokenSource | Sequence[TokenSource],
     *,
     sequence_length: int,
     global_batch_size: int,
@@ -70,28 +40,45 @@ def train_batches(
     seed: int,
     start_step: int,
     positions: slice = WHOLE,
+    packing: Packing = "concatenate",
+    attend_across_documents: bool = True,
+    mixture: Mixture | None = None,
 ) -> Iterator[tuple[Batch, ...]]:
     """For each optimizer step from `start_step` on, without end, the micro-batches of `rank`, `positions` of them.
 
-    A step has global_batch_size / world_size / micro_batch_size of them, every position counting. The next steps
-    are read in the background; closing the iterator ends that. Raises `DataError` if the training split is
-    shorter than one sequence and its next token.
+    A step has global_batch_size / world_size / micro_batch_size of them. `data` are the sources of a `mixture`, or one
+    without. The next steps are read in the background; closing the iterator ends that. Raises `DataError` if a
+    source's training split is shorter than one sequence and its next token.
     """
     if global_batch_size % (world_size * micro_batch_size):
         raise ValueError(f"{global_batch_size} sequences for {world_size} ranks x {micro_batch_size}")
-    samples = _samples(data, "train", sequence_length)
-    if not len(samples):
-        raise DataError(
-            f"{data.folder}: the training split has {data.num_tokens('train')} tokens: a sequence of "
-            f"{sequence_length} needs {sequence_length + 1}. Use shorter sequences, or prepare more text."
-        )
-    order = _grain().MapDataset.source(samples).shuffle(seed=_shuffle_seed(seed)).repeat()
-    steps = _Steps(order, rank, world_size, global_batch_size, micro_batch_size, positions)
+    sources = list(data) if isinstance(data, Sequence) else [data]
+    orders = []
+    for number, source in enumerate(sources):
+        rows = training_rows(source, sequence_length, packing, apart=not attend_across_documents, seed=seed)
+        shuffled = _grain().MapDataset.source(rows).shuffle(seed=_shuffle_seed(seed, number))
+        orders.append(shuffled.repeat())
+    steps = _Steps(orders, mixture, rank, world_size, global_batch_size, micro_batch_size, positions)
     return _prefetched(steps, start_step)
 
 
+def training_rows(data: TokenSource, length: int, packing: Packing, *, apart: bool, seed: int) -> Rows:
+    """The rows of an epoch. Raises `DataError` if there is less than one."""
+    if not data.is_chat and data.num_tokens("train") <= length:
+        raise DataError(
+            f"{data.folder}: the training split has {data.num_tokens('train')} tokens: a sequence of "
+            f"{length} needs {length + 1}. Use shorter sequences, or prepare more text."
+        )
+    rows = open_rows(data, "train", length, packing, apart=apart, seed=seed)
+    if not len(rows):
+        raise DataError(
+            f"{data.folder}: the training split is empty. Prepare more, or leave this source out."
+        )
+    return rows
+
+
 def validation_batches(
-    data: TokenData,
+    data: TokenSource,
     *,
     sequence_length: int,
     batch_size: int,
@@ -99,6 +86,8 @@ def validation_batches(
     world_size: int,
     positions: slice = WHOLE,
     max_tokens: int | None = None,
+    packing: Packing = "concatenate",
+    attend_across_documents: bool = True,
 ) -> Iterator[Batch]:
     """The share of `rank` in the validation split: over all ranks, each predicted token counts once.
 
@@ -106,97 +95,11 @@ def validation_batches(
     of them without a position that counts. `positions` are those of each row that are wanted; `max_tokens` keeps
     only so many predictions from the beginning.
     """
-    samples = _samples(data, "validation", sequence_length, tail=True, max_predictions=max_tokens)
-    return _prefetched(_ValidationBatches(samples, batch_size, rank, world_size, positions), 0)
-
-
-class _Row(NamedTuple):
-    """A sample."""
-
-    ids_N: np.typing.NDArray[np.int64]
-    """[S + 1]."""
-    filled: int
-    """Positions from the beginning that are more than padding and have a next token."""
-    predicted_S: np.typing.NDArray[np.bool_] | None = None
-    """Which next tokens are predicted; None: all that are there."""
-
-
-def _samples(
-    data: TokenData, split: str, length: int, *, tail: bool = False, max_predictions: int | None = None
-) -> "_Samples | _ConversationSamples":
-    if data.is_chat:
-        return _ConversationSamples(data, split, length, max_predictions)
-    return _Samples(data, split, length, tail=tail, max_predictions=max_predictions)
-
-
-class _ConversationSamples:
-    """Conversation i of a split, padded. Raises `DataError` if the longest does not fit."""
-
-    def __init__(
-        self, data: TokenData, split: str, sequence_length: int, max_predictions: int | None
-    ) -> None:
-        self.sequence_length, self.pad_id = sequence_length, data.pad_id
-        self._conversations = Conversations(data, split)
-        if (longest := self._conversations.longest) > sequence_length + 1:
-            raise DataError(
-                f"{data.folder}: the longest conversation has {longest} tokens, and none is cut: a sequence of "
-                f"{sequence_length} and its next token hold {sequence_length + 1}. Use longer sequences, or prepare "
-                f"with a max_tokens of the chat source."
-            )
-        self._before = None if max_predictions is None else self._conversations.predicted_before()
-        self._left = max_predictions or 0
-        self._count = len(self._conversations)
-        if self._before is not None:
-            self._count = int((self._before[:-1] < self._left).sum())
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> _Row:
-        ids_N = np.full(self.sequence_length + 1, self.pad_id, dtype=np.int64)
-        predicted_S = np.zeros(self.sequence_length, dtype=np.bool_)
-        if index >= self._count:
-            return _Row(ids_N, 0, predicted_S)
-        ids, written = self._conversations[index]
-        ids_N[: len(ids)] = ids
-        predicted_S[: len(ids) - 1] = written[1:]
-        if self._before is not None:
-            predicted_S &= np.cumsum(predicted_S) <= self._left - self._before[index]
-        return _Row(ids_N, len(ids) - 1, predicted_S)
-
-
-class _Samples:
-    """Sample i of a split; with `tail`, a last short one."""
-
-    def __init__(
-        self,
-        data: TokenData,
-        split: str,
-        sequence_length: int,
-        *,
-        tail: bool = False,
-        max_predictions: int | None = None,
-    ) -> None:
-        self.sequence_length = sequence_length
-        self.pad_id = data.pad_id
-        self._data, self._split = data, split
-        self._predictions = max(data.num_tokens(split) - 1, 0)
-        if max_predictions is not None:
-            self._predictions = min(self._predictions, max_predictions)
-        self._count = (
-            -(-self._predictions // sequence_length) if tail else self._predictions // sequence_length
-        )
-
-    def __len__(self) -> int:
-        return self._count
-
-    def __getitem__(self, index: int) -> _Row:
-        start = index * self.sequence_length
-        counted = max(min(self.sequence_length, self._predictions - start), 0)
-        ids_N = np.full(self.sequence_length + 1, self.pad_id, dtype=np.int64)
-        if counted:
-            ids_N[: counted + 1] = self._data.tokens(self._split, start, start + counted + 1)
-        return _Row(ids_N, counted)
+    rows = open_rows(data, "validation", sequence_length, packing, apart=not attend_across_documents, seed=0)
+    if max_tokens is not None:
+        rows = FirstRows(rows, max_tokens)
+    blank = Row.blank(sequence_length, data.pad_id)
+    return _prefetched(_ValidationBatches(rows, blank, batch_size, rank, world_size, positions), 0)
 
 
 class _Steps:
@@ -204,14 +107,15 @@ class _Steps:
 
     def __init__(
         self,
-        order: Sequence[_Row],
+        orders: Sequence[Sequence[Row]],
+        mixture: Mixture | None,
         rank: int,
         world_size: int,
         global_batch_size: int,
         micro_batch_size: int,
         positions: slice,
     ) -> None:
-        self._order, self._rank, self._positions = order, rank, positions
+        self._orders, self._mixture, self._rank, self._positions = orders, mixture, rank, positions
         self._global, self._micro = global_batch_size, micro_batch_size
         self._local = global_batch_size // world_size
 
@@ -220,41 +124,32 @@ class _Steps:
 
     def __getitem__(self, step: int) -> tuple[Batch, ...]:
         first = step * self._global + self._rank * self._local
-        starts = range(first, first + self._local, self._micro)
-        rows = ([self._order[i] for i in range(at, at + self._micro)] for at in starts)
-        return tuple(_batch(here).part(self._positions) for here in rows)
+        if self._mixture is None:
+            places = [(0, number) for number in range(first, first + self._local)]
+        else:
+            places = self._mixture.stretch(first, self._local)
+        rows = [self._orders[source][number] for source, number in places]
+        starts = range(0, self._local, self._micro)
+        return tuple(Batch.of(rows[at : at + self._micro]).part(self._positions) for at in starts)
 
 
 class _ValidationBatches:
     """Number of a pass over all ranks -> this rank's batch in it."""
 
     def __init__(
-        self,
-        samples: _Samples | _ConversationSamples,
-        batch_size: int,
-        rank: int,
-        world_size: int,
-        positions: slice,
+        self, rows: Rows, blank: Row, batch_size: int, rank: int, world_size: int, positions: slice
     ) -> None:
-        self._samples, self._size, self._positions = samples, batch_size, positions
+        self._rows, self._blank, self._size, self._positions = rows, blank, batch_size, positions
         self._rank, self._world = rank, world_size
 
     def __len__(self) -> int:
-        return -(-len(self._samples) // (self._size * self._world))
+        return -(-len(self._rows) // (self._size * self._world))
 
     def __getitem__(self, index: int) -> Batch:
         first = (index * self._world + self._rank) * self._size
-        return _batch([self._samples[i] for i in range(first, first + self._size)]).part(self._positions)
-
-
-def _batch(rows: list[_Row]) -> Batch:
-    ids_BN = torch.from_numpy(np.stack([row.ids_N for row in rows]))
-    mask_BS = torch.arange(ids_BN.shape[1] - 1)[None, :] < torch.tensor([[row.filled] for row in rows])
-    labels_BS = ids_BN[:, 1:].contiguous()
-    predicted = [row.predicted_S for row in rows if row.predicted_S is not None]
-    if predicted:
-        labels_BS[~torch.from_numpy(np.stack(predicted))] = IGNORED
-    return Batch(ids_BN[:, :-1].contiguous(), labels_BS, mask_BS)
+        numbers = range(first, first + self._size)
+        rows = [self._rows[number] if number < len(self._rows) else self._blank for number in numbers]
+        return Batch.of(rows).part(self._positions)
 
 
 T_co = TypeVar("T_co", covariant=True)
@@ -282,9 +177,9 @@ def _until_closed(elements: Any) -> Iterator[Any]:
         elements.close()
 
 
-def _shuffle_seed(seed: int) -> int:
+def _shuffle_seed(seed: int, source: int) -> int:
     # Grain shuffles epoch e with seed + e: hashing keeps seed 1 from being seed 0 one epoch later.
-    return xxhash.xxh32_intdigest(f"shuffle {seed}".encode())
+    return xxhash.xxh32_intdigest(f"shuffle {seed}{f' {source}' if source else ''}".encode())
 
 
 def _grain() -> ModuleType:

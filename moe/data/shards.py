@@ -7,8 +7,10 @@ FOLDER/tokenizer/                 a Hugging Face tokenizer folder
 """
 
 import os
+from bisect import bisect_right
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -128,21 +130,27 @@ class TokenData:
         facts = self._facts(split)
         return facts.documents if facts else 0
 
+    def document_lengths(self, split: str) -> np.typing.NDArray[np.int64]:
+        """Tokens of each document, in order."""
+        facts = self._facts(split)
+        names = [] if facts is None else [shard.name for shard in facts.shards]
+        lengths = [Index.read(self.folder / f"{name}.idx").lengths_S for name in names]
+        return np.concatenate([np.zeros(0, dtype=np.int64), *lengths]).astype(np.int64)
+
     def tokens(self, split: str, start: int, stop: int) -> Tokens:
         """Ids `[stop - start]`, uint16 or int32, of the split's documents end to end, across shards.
 
         Read-only memory of the file where one shard holds them all, else a copy. Raises `IndexError` unless
         0 <= start <= stop <= num_tokens(split), and `DataError` for an id that the vocabulary does not have.
         """
-        if not 0 <= start <= stop <= self.num_tokens(split):
-            raise IndexError(
-                f"tokens {start} to {stop} of {split}, which has {self.num_tokens(split)} tokens"
-            )
-        ends_H, shards = self._shards.get(split, (np.zeros(0, dtype=np.int64), []))
-        first = int(np.searchsorted(ends_H, start, side="right"))
+        ends, shards = self._shards.get(split, ([], []))
+        total = ends[-1] if ends else 0
+        if not 0 <= start <= stop <= total:
+            raise IndexError(f"tokens {start} to {stop} of {split}, which has {total} tokens")
         parts = []
-        for shard_N, end in zip(shards[first:], ends_H[first:], strict=True):
-            begin = int(end) - len(shard_N)
+        for place in range(bisect_right(ends, start), len(ends)):
+            shard_N, end = shards[place], ends[place]
+            begin = end - len(shard_N)
             parts.append(shard_N[max(start - begin, 0) : stop - begin])
             if stop <= end:
                 break
@@ -155,8 +163,8 @@ class TokenData:
     def _check_ids(self, split: str, start: int, ids_N: Tokens) -> None:
         # Bytes whose hash nobody checked, or an edited manifest, would end as an index error deep in the model.
         # Seen as unsigned, a negative id is a large one.
-        unsigned_N = ids_N.view(ids_N.dtype.str.replace("i", "u"))
-        if len(ids_N) and unsigned_N.max() >= self.vocab_size:
+        unsigned_N = ids_N.view("<u4") if ids_N.itemsize == 4 else ids_N
+        if len(ids_N) and np.maximum.reduce(unsigned_N) >= self._vocab_size:
             at = int((unsigned_N >= self.vocab_size).argmax())
             raise DataError(
                 f"{self.folder}: token {start + at} of the {split} split has id {int(ids_N[at])}, but the manifest's "
@@ -164,15 +172,23 @@ class TokenData:
                 f"damaged: prepare the data again, or copy it again."
             )
 
+    @cached_property
+    def _vocab_size(self) -> int:
+        return self.vocab_size  # asked for with every row
+
     def _facts(self, split: str) -> SplitFacts | None:
         return next((facts for name, facts in self.manifest.splits.items() if name == split), None)
 
     @cached_property
-    def _shards(self) -> dict[str, tuple[np.typing.NDArray[np.int64], list[Tokens]]]:
+    def _shards(self) -> dict[str, tuple[list[int], list[Tokens]]]:
+        # A memmap's slices cost several times a plain array's.
         return {
             split: (
-                np.cumsum([shard.tokens for shard in facts.shards], dtype=np.int64),
-                [open_tokens(self.folder / f"{s.name}.bin", self.manifest.dtype) for s in facts.shards],
+                list(accumulate(shard.tokens for shard in facts.shards)),
+                [
+                    np.asarray(open_tokens(self.folder / f"{s.name}.bin", self.manifest.dtype))
+                    for s in facts.shards
+                ],
             )
             for split, facts in self.manifest.splits.items()
         }

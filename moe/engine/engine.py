@@ -89,7 +89,7 @@ class Engine:
         Collective. All shares are scaled so that DeepSpeed's mean over ranks and micro-batches gives back the
         gradient of the mean over the global batch's unmasked tokens.
         """
-        batches = [_on(self.ranks.device, batch) for batch in batches]
+        batches = [batch.on(self.ranks.device) for batch in batches]
         self.wrapped.train()
         jitters = self._jitters(batches, step)
         totals = self._totals(batches, jitters)
@@ -100,7 +100,7 @@ class Engine:
         load, norm, sample, reduced = None, None, None, None
         guard = guard or Guard()
         for batch, jitter in zip(batches, jitters, strict=True):
-            output = self.wrapped(batch.input_ids_BS, batch.labels_BS, batch.mask_BS, jitter)
+            output = self.wrapped(*batch.inputs(jitter))
             here = self._losses(output, batch, totals)
             self.wrapped.backward(here.total * (self.ranks.world_size * len(batches)))
             sums += here.terms()
@@ -154,8 +154,8 @@ class Engine:
         self.wrapped.eval()
         sums = torch.zeros(2, dtype=torch.float64, device=self.ranks.device)
         for batch in batches:
-            batch = _on(self.ranks.device, batch)
-            output = self.model(batch.input_ids_BS, batch.labels_BS, batch.mask_BS)
+            batch = batch.on(self.ranks.device)
+            output = self.model(*batch.inputs())
             sums += torch.stack([output.cross_entropy.double(), batch.predicted().sum().double()])
         nats, tokens = self.ranks.sum(sums).unbind()
         return nats, tokens
@@ -182,7 +182,7 @@ class Engine:
             # The load of the whole batch must be known before the first backward: count it in a pass of its own.
             with torch.no_grad():
                 pairs = zip(batches, jitters, strict=True)
-                outputs = [self.model(b.input_ids_BS, b.labels_BS, b.mask_BS, noise) for b, noise in pairs]
+                outputs = [self.model(*batch.inputs(noise)) for batch, noise in pairs]
             loads = [loss.local_load(output) for output in outputs]
             counts = torch.stack([load[:, :-1] for load in loads if load is not None]).sum(0)
         masks = [batch.mask_BS for batch in batches]
@@ -276,10 +276,6 @@ class Engine:
             return
         for bias_E, counts_E in zip(self.model.selection_biases(), counts_LE, strict=True):
             bias_E += balance.bias_step(counts_E, rate, rule)
-
-
-def _on(device: torch.device, batch: Batch) -> Batch:
-    return Batch(*(tensor.to(device, non_blocking=True) for tensor in vars(batch).values()))
 
 
 def _watched(terms: Tensor) -> float:

@@ -8,6 +8,7 @@ A line of metrics.jsonl is a JSON object. One of a training step has
 | `loss` | cross-entropy, nats per unmasked token, before the step |
 | `grad_norm`, `learning_rate` | the global norm before clipping; the rate of this step |
 | `seconds`, `tokens_per_second`, `mfu` | of a step, mean since the last record; without evaluation and saves |
+| `data_wait` | share of that time in which this rank waited for its batches |
 | `prediction_loss` | nats per token of the prediction modules, the mean over modules; with them only |
 
 and, of a model with sparse layers, over the global batch of that step and its unmasked tokens alone

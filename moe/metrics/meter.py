@@ -53,7 +53,7 @@ class Meter:
         peak = peak_flops(ranks.device, dtype, run.logging.peak_tflops) * ranks.world_size
         self._share_per_token = count(run.model, run.data.sequence_length).flops_per_token / peak
         self._run, self._tracker = run, tracker
-        self._began, self._steps = time.perf_counter(), 0
+        self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def due(self, step: int) -> bool:
         """Whether `step` (from 1) gets a record; the same on all ranks."""
@@ -74,7 +74,7 @@ class Meter:
             record["skipped_steps"] = skipped
         if self._tracker is not None:
             self._tracker.log(record)
-        self._began, self._steps = time.perf_counter(), 0
+        self._began, self._steps, self._waited = time.perf_counter(), 0, 0.0
 
     def skipped(self, result: Result, fault: str, *, step: int, in_a_row: int, skipped: int) -> None:
         """Count the step that brought the run to `step` without changing it, and record why."""
@@ -99,6 +99,13 @@ class Meter:
         yield
         self._began += time.perf_counter() - began
 
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Count what happens inside as waiting for data."""
+        began = time.perf_counter()
+        yield
+        self._waited += time.perf_counter() - began
+
     def _record(self, result: Result, unused: Tensor | None) -> dict[str, Any]:
         loss = float(result.cross_entropy)  # waits for the device
         seconds = (time.perf_counter() - self._began) / self._steps
@@ -107,6 +114,7 @@ class Meter:
             "grad_norm": float(result.gradient_norm),
             "learning_rate": result.learning_rate,
             "seconds": seconds,
+            "data_wait": self._waited / (seconds * self._steps),
             "tokens_per_second": result.num_tokens / seconds,
             "mfu": result.num_tokens / seconds * self._share_per_token,
         }

@@ -7,6 +7,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moe.model.documents import Documents
+
 
 def attend(
     q_BShd: Tensor,
@@ -15,11 +17,17 @@ def attend(
     scale: float,
     window: int | None = None,
     sinks_h: Tensor | None = None,
+    documents: Documents | None = None,
 ) -> Tensor:
     """[B, S, h, v]: softmax(scale q k^T) v over positions up to one's own, of which a `window` counts the nearest.
 
-    `sinks_h` are logits that take part in the softmax and add nothing (arXiv:2309.17453).
+    `sinks_h` are logits that take part in the softmax and add nothing (arXiv:2309.17453). With `documents`, what lies
+    before one's own document isn't seen either.
     """
+    if documents is not None:
+        return documents.apart(
+            lambda q, k, v: attend(q, k, v, scale, window, sinks_h), q_BShd, k_BSgd, v_BSgv
+        )
     q, k, v = q_BShd.transpose(1, 2), k_BSgd.transpose(1, 2), v_BSgv.transpose(1, 2)
     length = q.shape[2]
     grouped = q.shape[1] != k.shape[1]

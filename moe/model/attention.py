@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe.config import ModelConfig
 from moe.model.attend import attend
+from moe.model.documents import Documents
 from moe.model.norm import RMSNorm
 from moe.model.rope import Rotation, logit_factor
 from moe.model.ulysses import SequenceGroup
@@ -35,11 +36,14 @@ class Attention(nn.Module):
         self.gate = Linear(config.hidden_size, width, bias=False) if attention.output_gate else None
         self.sinks = nn.Parameter(torch.empty(heads)) if attention.sinks else None
 
-    def forward(self, x_BPD: Tensor, rotation: Rotation) -> Tensor:
-        """[B, P, D] -> [B, P, D]; position s sees positions 0 to s, wherever they are. `rotation`: of all S."""
+    def forward(self, x_BPD: Tensor, rotation: Rotation, documents: Documents | None = None) -> Tensor:
+        """[B, P, D] -> [B, P, D]; position s sees positions 0 to s of its document, wherever they are.
+
+        `rotation` and `documents`: of all S.
+        """
         q_BShd, k_BSgd, v_BSgv = self.project(x_BPD, rotation)
         sinks_h = None if self.sinks is None else self.sequence_group.own_heads(self.sinks)
-        mixed_BShv = attend(q_BShd, k_BSgd, v_BSgv, self.scale, self.window, sinks_h)
+        mixed_BShv = attend(q_BShd, k_BSgd, v_BSgv, self.scale, self.window, sinks_h, documents)
         mixed_BPX = self.sequence_group.gather_heads(mixed_BShv).flatten(2)
         if self.gate is not None:
             mixed_BPX = mixed_BPX * torch.sigmoid(self.gate(x_BPD))

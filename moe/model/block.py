@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from moe.config import ModelConfig
 from moe.model.attention import attention
+from moe.model.documents import Documents
 from moe.model.norm import norm
 from moe.model.rope import Rotation
 from moe.model.ulysses import SequenceGroup
@@ -45,10 +46,15 @@ class Block(nn.Module):
             self.ffn = SwiGLU(config.hidden_size, config.intermediate_size)
 
     def forward(
-        self, x_BSD: Tensor, rotation: Rotation, mask_BS: Tensor | None = None, jitter: Jitter | None = None
+        self,
+        x_BSD: Tensor,
+        rotation: Rotation,
+        mask_BS: Tensor | None = None,
+        jitter: Jitter | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """[B, S, D] -> [B, S, D] and, from a sparse layer, its routing."""
-        h_BSD = self.attention(_maybe(self.attention_norm, x_BSD), rotation)
+        h_BSD = self.attention(_maybe(self.attention_norm, x_BSD), rotation, documents)
         x_BSD = self._add(x_BSD, _maybe(self.attention_post_norm, h_BSD))
         h_BSD, record = self._mix_channels(_maybe(self.ffn_norm, x_BSD), mask_BS, jitter)
         return self._add(x_BSD, _maybe(self.ffn_post_norm, h_BSD)), record

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moe.config import ModelConfig
 from moe.model.block import Block
+from moe.model.documents import Documents
 from moe.model.norm import norm
 from moe.model.rope import Rotation
 from moe.sparse import Jitter, RoutingRecord
@@ -37,16 +38,19 @@ class Prediction(nn.Module):
         rotation: Rotation,
         mask_BS: Tensor | None = None,
         jitter: Jitter | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """`next_BSD`: embeddings of the tokens that `h_BSD` foretells; both [B, S, D]."""
         both = torch.cat((self.embedding_norm(next_BSD), self.hidden_norm(h_BSD)), dim=-1)
-        x_BSD, record = self.block(self.project(both), rotation, mask_BS, jitter)
+        x_BSD, record = self.block(self.project(both), rotation, mask_BS, jitter, documents)
         y_BSD: Tensor = self.norm(x_BSD)
         return y_BSD, record
 
 
-def ahead(x_BS: Tensor, positions: int) -> Tensor:
-    """[B, S] -> [B, S]: what stands so many positions later; zeros (False) where a sequence has ended."""
+def ahead(x_BS: Tensor, documents: Documents | None = None) -> Tensor:
+    """[B, S] -> [B, S]: what stands at the next position; zero (False) where a sequence, or a document, has ended."""
+    if documents is not None:
+        return documents.ahead(x_BS)
     later = torch.zeros_like(x_BS)
-    later[:, : x_BS.shape[1] - positions] = x_BS[:, positions:]
+    later[:, :-1] = x_BS[:, 1:]
     return later

@@ -20,6 +20,10 @@ class Rotation:
     cos_Sr: Tensor
     sin_Sr: Tensor
 
+    def at(self, positions_BS: Tensor) -> "Rotation":
+        """Of the same table, the angles at these positions: [B, 1, S, r]."""
+        return Rotation(self.cos_Sr[positions_BS].unsqueeze(1), self.sin_Sr[positions_BS].unsqueeze(1))
+
     def apply(self, x_BHSd: Tensor) -> Tensor:
         """Rotate the first r of queries or keys [B, H, S, d]; dtype kept."""
         width = self.cos_Sr.shape[-1]

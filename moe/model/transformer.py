@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moe.config import ModelConfig
 from moe.model.block import Block
+from moe.model.documents import Documents
 from moe.model.head import Head
 from moe.model.norm import norm
 from moe.model.prediction import Prediction, ahead
@@ -71,16 +72,26 @@ class Transformer(nn.Module):
         labels_BS: Tensor | None = None,
         mask_BS: Tensor | None = None,
         jitter: Jitter | None = None,
+        documents_BS: Tensor | None = None,
     ) -> Tensor | ModelOutput:
         """Logits [B, S, V]; with labels (int64 [B, S], the next tokens), a `ModelOutput` instead.
 
         Positions whose `mask_BS` (bool) is False add to no loss and no count. `jitter` is the noise of this batch's
         B S tokens for every layer's router. Where ranks share sequences, S is a rank's part of their positions.
+
+        `documents_BS` (integers, best on the CPU) says which document of its row each token belongs to: attention stays
+        inside, positions begin again, and the outcome is that of each document on its own. It has the positions of all
+        ranks that share the sequence. None: rows are one document each.
         """
+        documents = None if documents_BS is None else Documents.of(documents_BS, input_ids_BS.device)
         turn = self._rotation(input_ids_BS)
+        if documents is not None:
+            turn = turn.at(documents.positions_BS)
         x_BSD, records = self._embed(input_ids_BS), []
         for index, layer in enumerate(self.layers):
-            x_BSD, record = self._run(layer, jitter and jitter.of_layer(index), x_BSD, turn, mask_BS)
+            x_BSD, record = self._run(
+                layer, jitter and jitter.of_layer(index), documents, x_BSD, turn, mask_BS
+            )
             records.append(record)
         h_BSD = self.norm(x_BSD)
         if labels_BS is None:
@@ -89,9 +100,9 @@ class Transformer(nn.Module):
         cross_entropy, further = self.head(h_BSD, labels_BS, mask_BS), None
         if self.training and len(self.predictions):
             # Labels are the tokens that follow, where they are predicted; elsewhere the input has them.
-            next_BS = torch.where(labels_BS < 0, ahead(input_ids_BS, 1), labels_BS)
+            next_BS = torch.where(labels_BS < 0, ahead(input_ids_BS, documents), labels_BS)
             next_BS = next_BS if mask_BS is None else next_BS * mask_BS
-            further, more = self._foretell(h_BSD, turn, next_BS, labels_BS, mask_BS, jitter)
+            further, more = self._foretell(h_BSD, turn, next_BS, labels_BS, mask_BS, jitter, documents)
             records += more
         return ModelOutput(cross_entropy, tuple(r for r in records if r is not None), further)
 
@@ -103,28 +114,36 @@ class Transformer(nn.Module):
         labels_BS: Tensor,
         mask_BS: Tensor | None,
         jitter: Jitter | None,
+        documents: Documents | None,
     ) -> tuple[Tensor, list[RoutingRecord | None]]:
-        """Nats of the prediction modules, and routing. A sequence's last tokens foretell nothing, but are routed."""
+        """Nats of the prediction modules, and routing. A document's last tokens foretell nothing, but are routed."""
         kept_BS = torch.ones_like(labels_BS, dtype=torch.bool) if mask_BS is None else mask_BS
         nats, records = torch.zeros((), device=h_BSD.device), []
         for depth, module in enumerate(self.predictions):
-            next_BSD = self._embed(ahead(next_BS, depth))
+            next_BSD = self._embed(next_BS)
             noise = jitter and jitter.of_layer(self.config.num_layers + depth)
-            h_BSD, record = self._run(module, noise, h_BSD, next_BSD, turn, mask_BS)
-            kept_BS = kept_BS & ahead(kept_BS, 1)
-            nats = nats + self.head(h_BSD, ahead(labels_BS, depth + 1), kept_BS)
+            h_BSD, record = self._run(module, noise, documents, h_BSD, next_BSD, turn, mask_BS)
+            next_BS, labels_BS = ahead(next_BS, documents), ahead(labels_BS, documents)
+            kept_BS = kept_BS & ahead(kept_BS, documents)
+            nats = nats + self.head(h_BSD, labels_BS, kept_BS)
             records.append(record)
         return nats / len(self.predictions), records
 
     def _run(
-        self, part: nn.Module, noise: Jitter | None, *inputs: Tensor | Rotation | None
+        self,
+        part: nn.Module,
+        noise: Jitter | None,
+        documents: Documents | None,
+        *inputs: Tensor | Rotation | None,
     ) -> tuple[Tensor, RoutingRecord | None]:
         """A layer's or prediction module's output and routing, recomputed in backward if so configured."""
         result: tuple[Tensor, RoutingRecord | None]
         if self.recompute == "block" and torch.is_grad_enabled():
-            result = checkpoint(part, *inputs, noise, use_reentrant=False, preserve_rng_state=False)
+            result = checkpoint(
+                part, *inputs, noise, documents, use_reentrant=False, preserve_rng_state=False
+            )
         else:
-            result = part(*inputs, noise)
+            result = part(*inputs, noise, documents)
         return result
 
     def _embed(self, ids_BS: Tensor) -> Tensor:

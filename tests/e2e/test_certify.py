@@ -153,10 +153,13 @@ def test_a_certificate_that_fits_the_recipe_goes_into_checkpoints(tmp_path: Path
 
 
 class _Data:
-    vocab_size, fingerprint = 512, "data"
+    vocab_size, fingerprint, is_chat = 512, "data", False
 
     def num_tokens(self, split: str) -> int:
         return 10_000
+
+    def longest_conversation(self) -> int | None:
+        return None
 
 
 def test_a_run_folder_with_a_certificate_alone_can_be_trained_in(

@@ -31,9 +31,9 @@ def test_a_caution_is_said_once_by_the_first_rank_alone(
     try:
         for speaks in (True, False):
             ranks: Any = SimpleNamespace(speaks=speaks, world_size=1, device=SimpleNamespace(type="cpu"))
-            data: Any = SimpleNamespace(is_chat=False, num_tokens=lambda split: 1000)
+            sources: Any = SimpleNamespace(uses=())
             state: Any = SimpleNamespace(step=0)
-            train._announce(run, data, ranks, state)
+            train._announce(run, sources, ranks, state)
     finally:
         log.get().removeHandler(ear)
     cautions = [sentence for sentence in heard if "router_choice is" in sentence]

@@ -27,8 +27,8 @@ LENGTH = 4
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> TokenData:
-    """23 samples of tokens 0, 1, 2...: a sample's first token tells which it is; three tokens are left over."""
-    ids = list(range(23 * LENGTH + 4))
+    """23 samples of tokens 0, 1, 2...: a sample's first token tells which it is."""
+    ids = list(range(23 * LENGTH + 1))
     documents = [ids[at : at + 7] for at in range(0, len(ids), 7)]
     return raw_data(
         tmp_path_factory.mktemp("loader") / "data",
@@ -107,8 +107,9 @@ def test_parts_of_positions_make_up_the_rows(data: TokenData, parts: int) -> Non
     assert not whole[-1].mask_BS.all()
     for row, *pieces in zip(whole, *cut, strict=True):
         assert all(piece.mask_BS.shape == (2, size) for piece in pieces)
-        for name, tensor in vars(row).items():
-            assert torch.equal(torch.cat([getattr(piece, name) for piece in pieces], dim=1), tensor)
+        for name in ("input_ids_BS", "labels_BS", "mask_BS"):
+            parts = [getattr(piece, name) for piece in pieces]
+            assert torch.equal(torch.cat(parts, dim=1), getattr(row, name))
 
 
 @pytest.mark.parametrize("global_batch_size", [1, 5, 46])
@@ -125,6 +126,13 @@ def test_an_epoch_shows_every_sample_once_and_the_next_in_another_order(
     epochs = [order[0:23], order[23:46], order[46:69]]
     assert all(sorted(epoch) == list(range(23)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 3
+
+
+def test_what_is_left_at_the_end_is_a_short_row_of_the_epoch(tmp_path: Path) -> None:
+    data = raw_data(tmp_path / "d", {"train": [list(range(2, 2 + 2 * LENGTH + 3))]}, vocab_size=500)
+    ((batch,),) = _steps(data, 1, global_batch_size=3, micro_batch_size=3)
+    assert sorted(batch.labels_BS[batch.mask_BS].tolist()) == list(range(3, 2 + 2 * LENGTH + 3))
+    assert sorted(batch.mask_BS.sum(1).tolist()) == [2, LENGTH, LENGTH]
 
 
 def test_a_resumed_run_sees_what_the_uninterrupted_one_does(data: TokenData) -> None:

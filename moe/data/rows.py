@@ -1,0 +1,251 @@
+"""The documents of a split -> rows of a length: end to end, or packed so that none is cut that would fit.
+
+Where attention stays inside documents (`apart`), every token stands in one row once, and predicts what follows it in
+its document: nothing at its end. Else a row's last label is the token that the next row begins with.
+
+Of conversations none is cut. A row has one, and what is left of it is padding; or, packed, as many as fit, and then
+attention has to stay inside. What others than the assistant wrote is seen, by the experts too, but not predicted.
+
+S positions of a row.
+"""
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from moe.data.batch import IGNORED, Row
+from moe.data.conversations import Conversations
+from moe.data.index import open_pieces
+from moe.data.indexed import Tokens
+from moe.data.masks import Mask
+from moe.data.packing import Pieces
+from moe.data.shards import TokenData
+from moe.errors import DataError
+
+Packing = Literal["concatenate", "best_fit"]
+
+
+class TokenSource(Protocol):
+    """Documents of tokens, end to end; see `TokenData`."""
+
+    @property
+    def folder(self) -> Path: ...
+    @property
+    def pad_id(self) -> int: ...
+    @property
+    def is_chat(self) -> bool: ...
+    @property
+    def fingerprint(self) -> str: ...
+    def num_tokens(self, split: str) -> int: ...
+    def document_lengths(self, split: str) -> npt.NDArray[np.int64]: ...
+    def tokens(self, split: str, start: int, stop: int) -> Tokens: ...
+
+
+class Rows(Protocol):
+    """Row i of a split."""
+
+    def __len__(self) -> int: ...
+    def __getitem__(self, index: int) -> Row: ...
+
+
+def open_rows(
+    data: TokenSource, split: str, length: int, packing: Packing, *, apart: bool, seed: int
+) -> Rows:
+    """Raises `DataError` if a conversation does not fit, or if packed ones would see one another."""
+    if data.is_chat:
+        assert isinstance(data, TokenData)
+        return _conversations(data, split, length, packing, apart=apart, seed=seed)
+    if packing == "best_fit":
+        ends_D = np.cumsum(data.document_lengths(split), dtype=np.int64)
+        pieces = open_pieces(data.folder, data.fingerprint, split, ends_D, length, seed)
+        return PackedRows(data, split, length, pieces, ends_D, apart=apart)
+    if apart:
+        return ApartRows(data, split, length)
+    return EndToEndRows(data, split, length)
+
+
+class EndToEndRows:
+    """Row i is tokens i S to (i + 1) S - 1 of all documents, and predicts the one after each; the last may be short."""
+
+    def __init__(self, data: TokenSource, split: str, length: int) -> None:
+        self._data, self._split, self._length = data, split, length
+        self._predictions = max(data.num_tokens(split) - 1, 0)
+
+    def __len__(self) -> int:
+        return -(-self._predictions // self._length)
+
+    def __getitem__(self, index: int) -> Row:
+        start = index * self._length
+        filled = min(self._length, self._predictions - start)
+        ids_N = self._data.tokens(self._split, start, start + filled + 1).astype(np.int64)
+        if filled < self._length:
+            ids_N = np.append(ids_N, np.full(self._length - filled, self._data.pad_id))
+        return Row(ids_N[:-1], ids_N[1:], filled)
+
+
+class ApartRows:
+    """The same rows of documents that do not see each other."""
+
+    def __init__(self, data: TokenSource, split: str, length: int) -> None:
+        self._data, self._split, self._length = data, split, length
+        self._total = data.num_tokens(split)
+        self._end_D = np.cumsum(data.document_lengths(split), dtype=np.int64)
+
+    def __len__(self) -> int:
+        return -(-self._total // self._length)
+
+    def __getitem__(self, index: int) -> Row:
+        start = index * self._length
+        stop = min(start + self._length, self._total)
+        tokens = self._data.tokens(self._split, start, min(stop + 1, self._total)).astype(np.int64)
+        filled = stop - start
+        first, last = np.searchsorted(self._end_D, (start, stop), side="right")
+        last_N = np.unique(self._end_D[first:last]) - start - 1  # empty documents end where others do
+        row = Row.blank(self._length, self._data.pad_id)
+        labels_S, documents_S = row.labels_S.copy(), np.zeros(self._length, dtype=np.int32)
+        row.ids_S[:filled] = tokens[:filled]
+        labels_S[: len(tokens) - 1] = tokens[1:]
+        labels_S[last_N] = IGNORED
+        documents_S[last_N[last_N < self._length - 1] + 1] = 1
+        return Row(row.ids_S, labels_S, filled, np.cumsum(documents_S, dtype=np.int32))
+
+
+class PackedRows:
+    """Rows of whole documents, and of pieces of those that are longer."""
+
+    def __init__(
+        self,
+        data: TokenSource,
+        split: str,
+        length: int,
+        pieces: Pieces,
+        end_D: npt.NDArray[np.int64],
+        *,
+        apart: bool,
+    ) -> None:
+        self._data, self._split, self._length = data, split, length
+        self._pieces, self._end_D, self._apart = pieces, end_D, apart
+
+    def __len__(self) -> int:
+        return self._pieces.num_rows
+
+    def __getitem__(self, index: int) -> Row:
+        here = slice(int(self._pieces.row_R1[index]), int(self._pieces.row_R1[index + 1]))
+        starts, length_N = self._pieces.start_P[here].tolist(), self._pieces.length_P[here]
+        row, at = Row.blank(self._length, self._data.pad_id), 0
+        ids_S = row.ids_S
+        for start, length in zip(starts, length_N.tolist(), strict=True):
+            ids_S[at : at + length] = self._data.tokens(self._split, start, start + length)
+            at += length
+        labels_S = np.empty_like(ids_S)
+        labels_S[: at - 1] = ids_S[1:at]
+        labels_S[at - 1 :] = IGNORED
+        if at == self._length and len(starts) == 1 and not self._ends(starts[0] + at):
+            labels_S[-1] = self._data.tokens(self._split, starts[0] + at, starts[0] + at + 1)[0]
+        if not self._apart:
+            return Row(ids_S, labels_S, at)
+        labels_S[np.cumsum(length_N[:-1]) - 1] = IGNORED
+        return Row(ids_S, labels_S, at, _documents(length_N, self._length))
+
+    def _ends(self, token: int) -> bool:
+        """Whether a document ends before `token`."""
+        return bool(self._end_D[np.searchsorted(self._end_D, token)] == token)
+
+
+def _conversations(
+    data: TokenData, split: str, length: int, packing: Packing, *, apart: bool, seed: int
+) -> "ConversationRows | PackedConversationRows":
+    found = Conversations(data, split)
+    if found.longest > length + 1:
+        raise DataError(
+            f"{data.folder}: the longest conversation has {found.longest} tokens, and none is cut: a sequence of "
+            f"{length} and its next token hold {length + 1}. Use longer sequences, or prepare with a max_tokens of "
+            f"the chat source."
+        )
+    if packing == "concatenate":
+        return ConversationRows(data, found, length)
+    if not apart:
+        raise DataError(
+            f"{data.folder}: data.packing is best_fit and data.attend_across_documents is true, but documents are "
+            f"conversations, which must not see one another. Set data.attend_across_documents=false, or "
+            f"data.packing=concatenate for one conversation a row."
+        )
+    # A conversation's last token is predicted, but predicts nothing: it needs no position.
+    length_D = np.maximum(data.document_lengths(split) - 1, 0)
+    pieces = open_pieces(data.folder, data.fingerprint, split, np.cumsum(length_D), length, seed)
+    return PackedConversationRows(data, found, length, pieces)
+
+
+class ConversationRows:
+    """Conversation i, padded."""
+
+    def __init__(self, data: TokenData, conversations: Conversations, length: int) -> None:
+        self._conversations, self._length, self._pad_id = conversations, length, data.pad_id
+
+    def __len__(self) -> int:
+        return len(self._conversations)
+
+    def __getitem__(self, index: int) -> Row:
+        ids_N, written_N = self._conversations[index]
+        row = Row.blank(self._length, self._pad_id)
+        row.ids_S[: len(ids_N)] = ids_N[: self._length]
+        labels_S = np.full(self._length, IGNORED, dtype=np.int64)
+        labels_S[: len(ids_N) - 1] = _written(ids_N, written_N)
+        return Row(row.ids_S, labels_S, len(ids_N) - 1)
+
+
+class PackedConversationRows:
+    """As many conversations as fit; piece k is a conversation of two tokens or more."""
+
+    def __init__(self, data: TokenData, conversations: Conversations, length: int, pieces: Pieces) -> None:
+        self._conversations, self._length, self._pad_id = conversations, length, data.pad_id
+        self._pieces = pieces
+        self._end_D = np.cumsum(np.maximum(data.document_lengths(conversations.split) - 1, 0))
+
+    def __len__(self) -> int:
+        return self._pieces.num_rows
+
+    def __getitem__(self, index: int) -> Row:
+        here = slice(int(self._pieces.row_R1[index]), int(self._pieces.row_R1[index + 1]))
+        length_N, at = self._pieces.length_P[here], 0
+        row = Row.blank(self._length, self._pad_id)
+        labels_S = np.full(self._length, IGNORED, dtype=np.int64)
+        for which in np.searchsorted(self._end_D, self._pieces.start_P[here], side="right").tolist():
+            ids_N, written_N = self._conversations[which]
+            stop = at + len(ids_N) - 1
+            row.ids_S[at:stop] = ids_N[:-1]
+            labels_S[at:stop] = _written(ids_N, written_N)
+            at = stop
+        return Row(row.ids_S, labels_S, at, _documents(length_N, self._length))
+
+
+class FirstRows:
+    """The rows that hold so many predictions from the beginning."""
+
+    def __init__(self, rows: Rows, predictions: int) -> None:
+        self._rows, self._count, left = rows, 0, predictions
+        while left > 0 and self._count < len(rows):
+            self._last, left = left, left - rows[self._count].num_predictions
+            self._count += 1
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Row:
+        row = self._rows[index]
+        return row if index < self._count - 1 else row.first(self._last)
+
+
+def _written(ids_N: Tokens, written_N: Mask) -> npt.NDArray[np.int64]:
+    """The labels of all but the last token: what the assistant wrote."""
+    return np.where(written_N[1:] == 1, ids_N[1:].astype(np.int64), IGNORED)
+
+
+def _documents(length_N: npt.NDArray[np.int32], length: int) -> npt.NDArray[np.int32]:
+    """Numbers from 0; padding is a document of its own."""
+    documents_S = np.full(length, len(length_N), dtype=np.int32)
+    number_N = np.repeat(np.arange(len(length_N), dtype=np.int32), length_N)
+    documents_S[: len(number_N)] = number_N
+    return documents_S
