@@ -19,6 +19,7 @@ VERBS = {
     "export": ("moe.export:command", "Write a run as a Hugging Face checkpoint."),
     "upcycle": ("moe.upcycle:command", "Make a sparse model of a dense Hugging Face checkpoint."),
     "generate": ("moe.generate:command", "Continue a prompt with a run or an export."),
+    "testbed": ("launch.testbed.command:command", "Start a small cluster of namespaces on this box."),
     "checkpoint": ("moe.checkpoints:command", "List, verify, prune or resize the checkpoints of a run."),
     "certify": ("moe.certify.command:command", "Prove that a recipe trains the same in any layout."),
     "report": ("moe.report:command", "Draw loss and expert load of a run."),
