@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moe import dist, log
+from moe import attempt, dist, log
 from moe.checkpoint import identity, space
 from moe.checkpoint.certificate import CERTIFICATE
 from moe.checkpoint.folder import write_atomically
@@ -46,7 +46,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
     if run.folder.exists() and not run.folder.is_dir():
         raise ConfigError(f"run_dir is {run.folder}, but that is a file. Choose another run_dir.")
     there = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
-    strangers = bool(there - {".lock", CERTIFICATE}) and "recipe.yaml" not in there
+    strangers = bool(there - {".lock", CERTIFICATE, "launch", "logs"}) and "recipe.yaml" not in there
     if strangers:
         raise ConfigError(
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
@@ -67,6 +67,7 @@ def main(recipe: str | Path, overrides: Sequence[str] = ()) -> int:
     `TurnoutError` for what the user can mend.
     """
     stop = StopSignal.listen()
+    attempt.show_stacks_on_request()
     log.setup(dist.rank_from_environment())
     run = load(RunConfig, recipe, overrides)
     data = preflight(run, dist.world_size_from_environment())
@@ -110,6 +111,8 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
         Saver.open(engine, data.fingerprint, state.step, tracker) as saver,
     ):
         meter = Meter(run, ranks, tracker)
+        beat = attempt.beats()
+        beat(state.step)
         if state.step == 0:
             _evaluate(run, data, engine, tracker, state, meter)
         while state.step < run.train.steps and not ranks.any(stop.received or saver.poll()):
@@ -118,10 +121,12 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
             if result.fault:
                 saver.settle()  # if the run is rolled back, then to the newest checkpoint at every try
             state = advance(engine, state, result, meter)
+            beat(state.step)
             _evaluate(run, data, engine, tracker, state, meter)
             if run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0:
                 with meter.stopped():
                     saver.save(state)
+                beat(state.step)
         saver.finish(state)
         return _finish(run, ranks, state)  # the folder is still ours
 
@@ -194,6 +199,7 @@ def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: Exi
     metrics, tokenizer = run.folder / "metrics.jsonl", run.folder / "tokenizer"
     try:
         lock.enter_context(held(run.folder))
+        attempt.check_owner(run.folder)
         if metrics.is_dir():
             raise ConfigError(
                 f"{metrics} is a folder, but records go into a file of that name. Move it away."
@@ -267,6 +273,7 @@ def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:
     done = state.step >= run.train.steps
     if ranks.speaks:
         if done:
+            attempt.check_owner(run.folder)
             write_atomically(
                 run.folder / "done", json.dumps({"step": state.step, "tokens": state.tokens}) + "\n"
             )
