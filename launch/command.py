@@ -173,6 +173,7 @@ def _launch(run: RunConfig, folder: LaunchFolder, plan: Plan, script: str | None
         host_names.check(plan, folder)
     write_text(folder.recipe, recipe.dump(run))
     folder.write_plan(plan)
+    (folder.home / "job.json").unlink(missing_ok=True)
     if script is not None:
         path = folder.home / "job.sbatch"
         write_text(path, script)
