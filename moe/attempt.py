@@ -52,8 +52,8 @@ def still_owner(run_folder: Path) -> bool:
     return True
 
 
-def beats(environment: Mapping[str, str] | None = None) -> Callable[[int], None]:
-    """A function that notes a step as taken; it costs a write of some bytes to memory."""
+def beats(step: int, environment: Mapping[str, str] | None = None) -> Callable[[int], None]:
+    """A function that notes a step as taken, and `step` noted; it costs a write of some bytes to memory."""
     environment = os.environ if environment is None else environment
     if BEAT not in environment:
         return lambda step: None
@@ -65,6 +65,7 @@ def beats(environment: Mapping[str, str] | None = None) -> Callable[[int], None]
         count += 1
         os.pwrite(descriptor, f"{step:>12d} {count:>12d}\n".encode(), 0)
 
+    beat(step)
     return beat
 
 

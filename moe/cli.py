@@ -27,6 +27,7 @@ VERBS = {
     "logs": ("launch.look:logs", "Print what a rank of a launched run said."),
     "stop": ("launch.look:stop", "Let a launched run save and end."),
     "explain": ("launch.look:explain", "Say what happened to a launched run, and why."),
+    "doctor": ("launch.doctor:command", "Look at hosts before a long run, and say which to leave out."),
     "testbed": ("launch.testbed.command:command", "Start a small cluster of namespaces on this box."),
     "checkpoint": ("moe.checkpoints:command", "List, verify, prune or resize the checkpoints of a run."),
     "certify": ("moe.certify.command:command", "Prove that a recipe trains the same in any layout."),

@@ -111,8 +111,7 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
         Saver.open(engine, data.fingerprint, state.step, tracker) as saver,
     ):
         meter = Meter(run, ranks, tracker)
-        beat = attempt.beats()
-        beat(state.step)
+        beat = attempt.beats(state.step)
         if state.step == 0:
             _evaluate(run, data, engine, tracker, state, meter)
         while state.step < run.train.steps and not ranks.any(stop.received or saver.poll()):
@@ -126,7 +125,6 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
             if run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0:
                 with meter.stopped():
                     saver.save(state)
-                beat(state.step)
         saver.finish(state)
         return _finish(run, ranks, state)  # the folder is still ours
 

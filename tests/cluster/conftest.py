@@ -6,7 +6,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,21 +66,32 @@ class Place:
     cluster: Cluster
 
     def turnout(self, *arguments: str, on: str = CONTROLLER) -> "subprocess.Popen[str]":
-        command = self.cluster.machines.on(on, [sys.executable, "-m", "moe.cli", *arguments])
-        command = [f"--wdns={self.folder}" if word.startswith("--wdns=") else word for word in command]
+        command = self._on(on, arguments)
         return subprocess.Popen(
             command, env=self.env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
 
+    def _on(self, machine: str, arguments: Sequence[str]) -> list[str]:
+        command = self.cluster.machines.on(machine, [sys.executable, "-m", "moe.cli", *arguments])
+        return [f"--wdns={self.folder}" if word.startswith("--wdns=") else word for word in command]
+
     def says(self, *arguments: str, code: int = 0) -> str:
         """What a verb prints."""
         process = self.turnout(*arguments)
-        said = process.communicate(timeout=240)[0]
+        said = process.communicate(timeout=400)[0]
         assert process.returncode == code, said
         return said
 
     def launch(self, run: str, kind: str, *more: str, code: int = 0) -> str:
         return self.says("launch", "recipe.yaml", f"run_dir={run}", *LAYOUT[kind], *more, code=code)
+
+    def start(self, run: str, kind: str, *more: str) -> "subprocess.Popen[str]":
+        """A launch that is not waited for; what it says goes into a file, which never fills."""
+        arguments = ["launch", "recipe.yaml", f"run_dir={run}", *LAYOUT[kind], *more]
+        with (self.folder / f"{run.replace('/', '-')}.said").open("wb") as said:
+            return subprocess.Popen(
+                self._on(CONTROLLER, arguments), env=self.env(), stdout=said, stderr=said, text=True
+            )
 
     def env(self) -> dict[str, str]:
         return {
@@ -126,7 +137,7 @@ class Place:
         for process in psutil.process_iter():
             try:
                 words = process.cmdline()
-                if process.status() != psutil.STATUS_ZOMBIE and any(f"/{run}" in word for word in words):
+                if process.status() != psutil.STATUS_ZOMBIE and any(run in word for word in words):
                     found.append(process)
             except psutil.Error:
                 continue
@@ -140,7 +151,7 @@ class Place:
         return page["job"]
 
 
-def wait(true: Callable[[], object], what: str, seconds: float = 180) -> None:
+def wait(true: Callable[[], object], what: str, seconds: float = 400) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
