@@ -5,6 +5,7 @@ import re
 import shlex
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -172,7 +173,7 @@ def _launch(run: RunConfig, folder: LaunchFolder, plan: Plan, script: str | None
     if plan.kind == "hosts":
         host_names.check(plan, folder)
     write_text(folder.recipe, recipe.dump(run))
-    folder.write_plan(plan)
+    folder.write_plan(replace(plan, first_attempt=len(folder.attempts()) + 1))
     (folder.home / "job.json").unlink(missing_ok=True)
     if script is not None:
         path = folder.home / "job.sbatch"

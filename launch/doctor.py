@@ -26,7 +26,7 @@ _LOCAL = "this machine"
 _SECONDS = 60.0
 _CLOCK_SECONDS = 2.0
 _SLOW = 0.25
-"""Of the median of all links: a host whose fastest link is slower has a bad one."""
+"""Of the median of every host's fastest link: a host whose own is slower has a bad one."""
 
 
 @dataclass(frozen=True)
@@ -62,13 +62,11 @@ def diagnose(seen: Seen, speeds: Mapping[tuple[str, str], float], least_bytes: i
             free, wanted = said["free_bytes"] / 1e9, least_bytes / 1e9
             found.append(Finding(host, f"{free:.2f} GB are free, but {wanted:.2f} GB are wanted"))
         found += [Finding(host, f"port {port} is taken") for port in said["taken"]]
-    usual_speed = statistics.median_high(speeds.values()) if speeds else 0.0
-    for host in well:
-        fastest = max((speed for pair, speed in speeds.items() if host in pair), default=usual_speed)
-        if fastest < _SLOW * usual_speed:
-            found.append(
-                Finding(host, f"its fastest link has {fastest:.0f} MB/s, {usual_speed:.0f} is usual")
-            )
+    fastest = {host: max((mb for pair, mb in speeds.items() if host in pair), default=0.0) for host in well}
+    usual_speed = statistics.median_high(fastest.values()) if speeds else 0.0
+    for host, speed in fastest.items():
+        if speed < _SLOW * usual_speed:
+            found.append(Finding(host, f"its fastest link has {speed:.0f} MB/s, {usual_speed:.0f} is usual"))
     return found
 
 

@@ -14,7 +14,7 @@ attempt_N/
 
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -59,6 +59,8 @@ class Plan:
     environment: Mapping[str, str] = field(default_factory=dict)
     """What ranks get beside what their node gives them."""
     limits: Limits = Limits()
+    first_attempt: int = 1
+    """Of this launch; earlier ones belong to earlier launches of the same run."""
 
     @property
     def world_size(self) -> int:
@@ -211,6 +213,16 @@ class LaunchFolder:
 def ended(attempt: Attempt, **how: Any) -> Attempt:
     """The attempt with what is known at its end."""
     return replace(attempt, **how)
+
+
+def fruitless(attempts: Sequence[Attempt]) -> int:
+    """How many attempts, counted from the last, went wrong without a new checkpoint; requeues do not begin anew."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.outcome in ("done", "saved") or (attempt.to_step or 0) > attempt.from_step:
+            break
+        count += 1
+    return count
 
 
 def read(path: Path) -> dict[str, Any] | None:

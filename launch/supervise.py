@@ -18,7 +18,7 @@ from types import FrameType
 
 from launch import start
 from launch.attend import Attendance
-from launch.folder import Attempt, LaunchFolder, Plan, ended, write_text
+from launch.folder import Attempt, LaunchFolder, Plan, ended, fruitless, write_text
 from launch.slurm import Job
 from moe import log
 from moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, LaunchError, clean_exit
@@ -40,7 +40,6 @@ class Supervisor:
     def run(self) -> int:
         """All attempts; the exit code of the command."""
         self._abandon()
-        fruitless = 0
         while (nodes := self._nodes()) is not None:
             attempt = self._begin(nodes)
             attempt = Attendance(self.folder, self.plan, attempt, lambda: self.asked).attend()
@@ -50,9 +49,9 @@ class Supervisor:
                 return self._leave(attempt)
             if attempt.outcome == "refused":
                 return self._close(attempt, "given up: the ranks would refuse it again", EXIT_USER_ERROR)
-            fruitless = 0 if (attempt.to_step or 0) > attempt.from_step else fruitless + 1
-            if fruitless >= self.plan.limits.fruitless_attempts:
-                sentence = f"given up: {fruitless} attempts in a row without a new checkpoint"
+            before = self.folder.attempts()[self.plan.first_attempt - 1 : -1]
+            if (count := fruitless([*before, attempt])) >= self.plan.limits.fruitless_attempts:
+                sentence = f"given up: {count} attempts in a row without a new checkpoint"
                 return self._close(attempt, sentence, EXIT_FAILED)
             if attempt.outcome == "lost" and attempt.host is not None:
                 self.bad.add(attempt.host)
