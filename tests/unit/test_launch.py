@@ -311,6 +311,8 @@ def test_the_next_attempt_waits_for_the_lock_of_the_last(
     with pytest.raises(CheckpointError, match="is in use"), held(tmp_path):
         pass
     monkeypatch.setenv(attempts.OWNER, "2 abc")
+    (tmp_path / "launch").mkdir()
+    write_text(tmp_path / "launch/owner", "2 abc\n")
     with held(tmp_path):
         pass
     process.communicate()
