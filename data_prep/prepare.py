@@ -6,11 +6,10 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
-from data_prep import files, output, vocabulary
+from data_prep import files, output, shares, vocabulary
 from data_prep.chat import ChatTokenizer
 from data_prep.documents import Account, Document, Dropped, Source, nothing_left
+from data_prep.encoder import Encoder
 from data_prep.hub import hub
 from data_prep.progress import watched
 from data_prep.recipe import (
@@ -97,8 +96,8 @@ def _open(
 
 
 def _identity(recipe: DataRecipe) -> dict[str, Any]:
-    """What decides the tokens: the recipe but for where they go."""
-    return recipe.model_dump(mode="json", exclude={"output"})
+    """What decides the tokens: the recipe but for where they go, and how fast."""
+    return recipe.model_dump(mode="json", exclude={"output": True, "tokenizer": {"fast"}})
 
 
 def _up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabulary | None) -> bool:
@@ -111,7 +110,7 @@ def _up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabu
         changed = [key for key, value in _identity(recipe).items() if manifest.recipe.get(key) != value]
     elif [source.digest for source in manifest.sources] != list(digests):
         changed = ["the text of the sources"]
-    elif ready and any(manifest.tokenizer.files.get(p.name) != FileStamp.of(p) for p in ready.files):
+    elif ready and any(not _is(manifest.tokenizer.files.get(p.name), p) for p in ready.files):
         changed = ["the tokenizer's files"]
     if changed:
         raise DataError(
@@ -126,6 +125,10 @@ def _up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabu
             f"Use --overwrite to make it again."
         ) from None
     return True
+
+
+def _is(stamp: FileStamp | None, path: Path) -> bool:
+    return stamp is not None and stamp.matches(FileStamp.of(path))
 
 
 def _write(
@@ -144,8 +147,9 @@ def _write(
         if recipe.is_chat:
             accounts = _encode_chat(recipe, sources, digests, ChatTokenizer(folder / TOKENIZER_NAME), writers)
         else:
+            encoder = Encoder(ready, fast=recipe.tokenizer.fast)
             accounts = [
-                _encode(source, digest, ready, writers, recipe.validation)
+                _encode(source, digest, encoder, writers, recipe.validation)
                 for source, digest in zip(sources, digests, strict=True)
             ]
         facts = {split: writer.close() for split, writer in writers.items()}
@@ -162,7 +166,7 @@ def _write(
 def _encode(
     source: Source,
     digest: str | None,
-    ready: Vocabulary,
+    encoder: Encoder,
     writers: dict[Split, SplitWriter],
     validation: ValidationSplit,
 ) -> SourceFacts:
@@ -171,9 +175,9 @@ def _encode(
         for item in batch:
             account.reads(item)
         documents = [item for item in batch if isinstance(item, Document)]
-        for document, ids in zip(documents, ready.encode([d.text for d in documents]), strict=True):
-            writers[_split(document, validation)].add(ids, document.num_bytes)
+        for document in documents:
             account.keeps(document)
+        shares.encode([document.text.encode() for document in documents], encoder, writers, validation)
     return account.close(source.name, digest)
 
 
@@ -196,7 +200,9 @@ def _encode_chat(
             if isinstance(found, Dropped):
                 account.drops(item, found.reason)
             else:
-                writers[_split(item, recipe.validation)].add(found.ids, found.num_bytes, found.mask)
+                writers[shares.split_of(item.text.encode(), recipe.validation)].add(
+                    found.ids, found.num_bytes, found.mask
+                )
                 account.keeps(item)
         accounts.append(account.close(source.name, digest))
     return accounts
@@ -212,12 +218,6 @@ def _batches(items: Iterable[Document | Dropped]) -> Iterator[list[Document | Dr
         return so_far // _BATCH_BYTES
 
     return (list(group) for _, group in groupby(items, key=block))
-
-
-def _split(document: Document, validation: ValidationSplit) -> Split:
-    """By the document's own text, so that order and neighbours are nothing and copies never straddle."""
-    place = xxhash.xxh3_64_intdigest(f"{validation.seed}\0{document.text}".encode())
-    return "validation" if place < validation.fraction * 2**64 else "train"
 
 
 def _check_splits(

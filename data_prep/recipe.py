@@ -96,6 +96,8 @@ class BpeTokenizer(Section):
     """How often a pair must occur to be merged."""
     sample_megabytes: PositiveInt = 32
     """Text to train on, in 10^6 bytes: an equal share from the beginning of each source."""
+    fast: bool = True
+    """Encode by gigatoken where it gives the same ids; false: always by tokenizers."""
 
 
 class ExistingTokenizer(Section):
@@ -108,6 +110,8 @@ class ExistingTokenizer(Section):
     """Token that ends a document; null: what tokenizer_config.json says, or <|endoftext|>."""
     pad_token: NonEmpty | None = None
     """Token that fills rows; null: what tokenizer_config.json says, or the end of a document."""
+    fast: bool = True
+    """Encode by gigatoken where it gives the same ids; false: always by tokenizers."""
 
 
 Tokenizer = Annotated[BpeTokenizer | ExistingTokenizer, Field(discriminator="type")]

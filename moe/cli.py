@@ -10,6 +10,7 @@ from moe.errors import clean_exit
 
 VERBS = {
     "prepare": ("data_prep.run:command", "Turn text into token shards, a tokenizer and a manifest."),
+    "data": ("data_prep.verbs:command", "Inspect, verify, measure or sample a prepared data folder."),
     "train": ("launch.local:command", "Train a recipe, or go on with a run that was stopped."),
     "evaluate": (
         "moe.evaluate:command",
