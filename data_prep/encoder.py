@@ -50,7 +50,7 @@ class Encoder:
     """Encodes with `vocabulary`. With `fast`, by gigatoken if it is there and knows this tokenizer."""
 
     def __init__(self, vocabulary: Vocabulary, *, fast: bool = True) -> None:
-        self._vocabulary = vocabulary
+        self.vocabulary = vocabulary
         self._dtype = np.dtype(token_dtype(vocabulary.size))
         self._eos_id = vocabulary.eos_id
         self._fast = _gigatoken(vocabulary.tokenizer) if fast else None
@@ -72,9 +72,7 @@ class Encoder:
 
     def _reference(self, texts: Iterable[bytes]) -> list[list[int]]:
         strings = [text.decode() for text in texts]
-        return [
-            e.ids for e in self._vocabulary.tokenizer.encode_batch_fast(strings, add_special_tokens=False)
-        ]
+        return [e.ids for e in self.vocabulary.tokenizer.encode_batch_fast(strings, add_special_tokens=False)]
 
     def _join(self, rows: Sequence[Sequence[int]]) -> Ids:
         lengths_D = np.fromiter((len(row) for row in rows), np.int64, len(rows))

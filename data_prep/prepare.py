@@ -4,27 +4,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-from data_prep import files, output, shares, vocabulary
+from data_prep import output, shares, vocabulary
 from data_prep.chat import ChatTokenizer
 from data_prep.documents import Account, Document, Dropped, Source, nothing_left
 from data_prep.encoder import Encoder
-from data_prep.hub import hub
 from data_prep.progress import watched
-from data_prep.recipe import (
-    BpeTokenizer,
-    ChatSource,
-    DataRecipe,
-    HubSource,
-    JsonlSource,
-    ParquetSource,
-    StdlibSource,
-    TextSource,
-    ValidationSplit,
-)
+from data_prep.recipe import BpeTokenizer, ChatSource, DataRecipe, ValidationSplit
 from data_prep.splits import SplitWriter
-from data_prep.stdlib import stdlib
+from data_prep.texts import open_source
 from data_prep.vocabulary import Vocabulary
 from moe import log
 from moe.data.shards import (
@@ -58,11 +46,11 @@ def prepare(recipe: DataRecipe, *, overwrite: bool = False) -> TokenData:
 
 
 def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
-    sources = [_open(config) for config in recipe.sources]
+    sources = [open_source(config) for config in recipe.sources]
     digests = [source.digest() for source in sources]
     tokenizer = recipe.tokenizer
     ready = None if isinstance(tokenizer, BpeTokenizer) else vocabulary.load(tokenizer)
-    if not overwrite and _up_to_date(recipe, digests, ready):
+    if not overwrite and up_to_date(recipe, digests, ready):
         log.get().info("%s is up to date: nothing to do", recipe.folder)
         return TokenData.open(recipe.folder, verify=False)
     with output.workspace(recipe.folder, replace=overwrite) as folder:
@@ -73,41 +61,18 @@ def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
         log.get().info("encoding into %s", recipe.folder)
         manifest = _write(recipe, sources, digests, ready, folder)
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    _summarise(manifest, recipe.folder)
+    summarise(manifest, recipe.folder)
     return TokenData.open(recipe.folder, verify=False)
 
 
-def _open(
-    config: StdlibSource | TextSource | JsonlSource | ParquetSource | HubSource | ChatSource,
-) -> Source:
-    match config:
-        case StdlibSource():
-            return stdlib()
-        case TextSource():
-            return files.text(config)
-        case JsonlSource():
-            return files.jsonl(config)
-        case ParquetSource():
-            return files.parquet(config)
-        case HubSource():
-            return hub(config)
-        case ChatSource():
-            return files.chat(config)
-
-
-def _identity(recipe: DataRecipe) -> dict[str, Any]:
-    """What decides the tokens: the recipe but for where they go, and how fast."""
-    return recipe.model_dump(mode="json", exclude={"output": True, "tokenizer": {"fast"}})
-
-
-def _up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabulary | None) -> bool:
+def up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabulary | None) -> bool:
     """Whether the folder holds just this, to the byte; raises `DataError` if it holds anything else."""
     manifest = output.existing(recipe.folder)
     if manifest is None:
         return False
     changed = []
-    if manifest.recipe != _identity(recipe):
-        changed = [key for key, value in _identity(recipe).items() if manifest.recipe.get(key) != value]
+    if manifest.recipe != recipe.identity:
+        changed = [key for key, value in recipe.identity.items() if manifest.recipe.get(key) != value]
     elif [source.digest for source in manifest.sources] != list(digests):
         changed = ["the text of the sources"]
     elif ready and any(not _is(manifest.tokenizer.files.get(p.name), p) for p in ready.files):
@@ -153,9 +118,9 @@ def _write(
                 for source, digest in zip(sources, digests, strict=True)
             ]
         facts = {split: writer.close() for split, writer in writers.items()}
-    _check_splits(recipe, facts, accounts)
+    check_splits(recipe, facts, accounts)
     return Manifest(
-        recipe=_identity(recipe),
+        recipe=recipe.identity,
         dtype=dtype,
         tokenizer=tokenizer,
         splits={split: fact for split, fact in facts.items() if fact},
@@ -220,9 +185,10 @@ def _batches(items: Iterable[Document | Dropped]) -> Iterator[list[Document | Dr
     return (list(group) for _, group in groupby(items, key=block))
 
 
-def _check_splits(
+def check_splits(
     recipe: DataRecipe, facts: dict[Split, SplitFacts | None], accounts: Sequence[SourceFacts]
 ) -> None:
+    """Raise `DataError` unless there is something in every split that is to have something."""
     kept = sum(account.kept.documents for account in accounts)
     if not kept:
         raise nothing_left(accounts)
@@ -235,7 +201,8 @@ def _check_splits(
             )
 
 
-def _summarise(manifest: Manifest, folder: Path) -> None:
+def summarise(manifest: Manifest, folder: Path) -> None:
+    """Say what was read, dropped and written."""
     say = log.get().info
     for source in manifest.sources:
         dropped = "; ".join(f"{amount.documents:,} dropped: {why}" for why, amount in source.dropped.items())

@@ -10,12 +10,12 @@ from moe.errors import clean_exit
 
 VERBS = {
     "prepare": ("data_prep.run:command", "Turn text into token shards, a tokenizer and a manifest."),
-    "data": ("data_prep.verbs:command", "Inspect, verify, measure or sample a prepared data folder."),
     "train": ("launch.local:command", "Train a recipe, or go on with a run that was stopped."),
     "evaluate": (
         "moe.evaluate:command",
         "Measure held-out loss and bits per byte of a run, or tasks of lm-eval.",
     ),
+    "data": ("data_prep.verbs:command", "Inspect, verify, measure or sample a prepared data folder."),
     "import": ("moe.ingest:command", "Bring a Hugging Face checkpoint in, to train on from it."),
     "export": ("moe.export:command", "Write a run as a Hugging Face checkpoint."),
     "upcycle": ("moe.upcycle:command", "Make a sparse model of a dense Hugging Face checkpoint."),

@@ -164,6 +164,8 @@ class SourceFacts(Section):
     kept: Amount
     dropped: dict[str, Amount]
     """By reason."""
+    rewritten: int = 0
+    """Bytes that cleaning added to texts, or took away if negative: read + rewritten = kept + dropped."""
 
 
 class Manifest(Section):
