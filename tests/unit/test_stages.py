@@ -25,6 +25,7 @@ from tests.unit.corpus import (
     TEXTS,
     all_texts,
     contents,
+    cut,
     flip,
     page,
     prepared,
@@ -173,6 +174,20 @@ def test_a_giant_document_is_a_counted_drop(tmp_path: Path) -> None:
     )
     assert data.manifest.sources[0].dropped["longer than clean.max_megabytes"].bytes == 1_000_001
     _sums(data)
+
+
+@pytest.mark.parametrize("name", ["a.jsonl.gz", "a.jsonl.zst", "a.parquet"])
+def test_a_cut_file_is_named_and_nothing_is_left_half_written(tmp_path: Path, name: str) -> None:
+    kind = name.split(".")[1]
+    path = (write_parquet if kind == "parquet" else write_jsonl)(tmp_path / name)
+    cut(path)
+    recipe = page(
+        tmp_path, [{"type": kind, "paths": [str(path)]}], bad_rows="quarantine", executor={"workers": 1}
+    )
+    refused(run(tmp_path, recipe), "stage text 00000", str(path), "cut or damaged")
+    assert not (tmp_path / PREPARED).exists()
+    left = sorted(found.name for found in (tmp_path / f"{PREPARED}.stages").rglob("*"))
+    assert left == ["stages.json", "text"]
 
 
 def test_every_planted_run_of_words_is_found(tmp_path: Path) -> None:
