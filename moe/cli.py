@@ -15,6 +15,7 @@ VERBS = {
         "moe.evaluate:command",
         "Measure held-out loss and bits per byte of a run, or tasks of lm-eval.",
     ),
+    "data": ("data_prep.verbs:command", "Inspect, verify, measure or sample a prepared data folder."),
     "import": ("moe.ingest:command", "Bring a Hugging Face checkpoint in, to train on from it."),
     "export": ("moe.export:command", "Write a run as a Hugging Face checkpoint."),
     "upcycle": ("moe.upcycle:command", "Make a sparse model of a dense Hugging Face checkpoint."),
