@@ -189,7 +189,7 @@ def _data(folder: Path, tokens: int) -> tuple[TokenData, npt.NDArray[np.int64]]:
     folder.mkdir(parents=True)
     writer = PairWriter(folder / "train-00000", "uint16")
     for length in lengths.tolist():
-        writer.add(draw.integers(2, VOCABULARY, length, dtype=np.uint16))  # type: ignore[arg-type]  # numpy's are ids too
+        writer.add(draw.integers(2, VOCABULARY, length, dtype=np.uint16))
     stamps, total = writer.close(), int(lengths.sum())
     shard = ShardFacts(name="train-00000", documents=len(lengths), tokens=total, bin=stamps[0], idx=stamps[1])
     facts = SplitFacts(documents=len(lengths), tokens=total, bytes=total, shards=[shard])

@@ -14,7 +14,7 @@ from moe.model.block import Block
 from moe.model.documents import Documents
 from moe.model.head import Head
 from moe.model.norm import norm
-from moe.model.prediction import Prediction, ahead
+from moe.model.prediction import Prediction, following
 from moe.model.rope import Rotation, rotation
 from moe.model.ulysses import SequenceGroup
 from moe.sparse import Capacity, Dispatcher, ExpertLayout, Jitter, RoutingRecord
@@ -123,8 +123,8 @@ class Transformer(nn.Module):
             next_BSD = self._embed(next_BS)
             noise = jitter and jitter.of_layer(self.config.num_layers + depth)
             h_BSD, record = self._run(module, noise, documents, h_BSD, next_BSD, turn, mask_BS)
-            next_BS, labels_BS = ahead(next_BS, documents), ahead(labels_BS, documents)
-            kept_BS = kept_BS & ahead(kept_BS, documents)
+            next_BS, labels_BS = following(next_BS, documents), following(labels_BS, documents)
+            kept_BS = kept_BS & following(kept_BS, documents)
             nats = nats + self.head(h_BSD, labels_BS, kept_BS)
             records.append(record)
         return nats / len(self.predictions), records
