@@ -29,6 +29,10 @@ class Dropped:
 
     reason: str
     num_bytes: int
+    where: str = ""
+    """File and line, where a row could not be read."""
+    sample: str = ""
+    """The beginning of that row."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +60,8 @@ class Account:
     read: Counter[str] = field(default_factory=Counter)
     kept: Counter[str] = field(default_factory=Counter)
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
+    rewritten: int = 0
+    """Bytes that cleaning added, or took away if negative."""
 
     def reads(self, item: Document | Dropped) -> None:
         _add(self.read, item.num_bytes)
@@ -72,14 +78,28 @@ class Account:
     def close(self, source: str, digest: str | None) -> SourceFacts:
         """The account for the manifest, balanced to the byte."""
         fates = [self.kept, *self.dropped.values()]
-        assert all(self.read[unit] == sum(fate[unit] for fate in fates) for unit in ("documents", "bytes"))
+        documents, size = (sum(fate[unit] for fate in fates) for unit in ("documents", "bytes"))
+        assert (self.read["documents"], self.read["bytes"] + self.rewritten) == (documents, size)
         return SourceFacts(
             source=source,
             digest=digest,
             read=_amount(self.read),
             kept=_amount(self.kept),
             dropped={reason: _amount(count) for reason, count in sorted(self.dropped.items())},
+            rewritten=self.rewritten,
         )
+
+
+def add(accounts: Iterable[SourceFacts], source: str, digest: str | None) -> SourceFacts:
+    """The sum of accounts of one source."""
+    total = Account()
+    for account in accounts:
+        total.rewritten += account.rewritten
+        total.read.update(account.read.model_dump())
+        total.kept.update(account.kept.model_dump())
+        for reason, amount in account.dropped.items():
+            total.dropped.setdefault(reason, Counter()).update(amount.model_dump())
+    return total.close(source, digest)
 
 
 def nothing_left(accounts: Iterable[SourceFacts]) -> DataError:

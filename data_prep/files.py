@@ -17,6 +17,15 @@ from moe.errors import DataError
 
 _CHUNK = 1 << 20
 _ROWS = 256
+_SAMPLE = 200
+
+
+class _BadRowError(DataError):
+    """A line that holds no document, and why in three words."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 def text(config: TextSource) -> Source:
@@ -24,9 +33,12 @@ def text(config: TextSource) -> Source:
     return _source("text", config.paths, partial(_texts, separator=config.separator))
 
 
-def jsonl(config: JsonlSource) -> Source:
-    """A line is a document; blank lines are none, and a byte order mark before the first one is passed over."""
-    return _source("jsonl", config.paths, partial(_lines, text_field=config.text_field))
+def jsonl(config: JsonlSource, *, tolerant: bool = False) -> Source:
+    """A line is a document; blank lines are none, and a byte order mark before the first one is passed over.
+
+    With `tolerant`, a line that cannot be read as one is dropped, with where it was and how it begins.
+    """
+    return _source("jsonl", config.paths, partial(_lines, text_field=config.text_field, tolerant=tolerant))
 
 
 def parquet(config: ParquetSource) -> Source:
@@ -39,15 +51,8 @@ def chat(config: ChatSource) -> Source:
     return _source("chat", config.paths, partial(_conversations, field=config.messages_field))
 
 
-def _source(kind: str, patterns: list[str], read: Any) -> Source:
-    files = _matches(patterns)
-    return Source(
-        f"{kind} {' '.join(patterns)}", files, lambda: (item for path in files for item in read(path))
-    )
-
-
-def _matches(patterns: list[str]) -> tuple[Path, ...]:
-    """Files that match, each once, sorted by path."""
+def matches(patterns: list[str]) -> tuple[Path, ...]:
+    """Files that match, each once, sorted by path; raises `DataError` for a pattern that none does."""
     found: set[Path] = set()
     for pattern in patterns:
         matches = [Path(match) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH207  absolute patterns too
@@ -62,6 +67,33 @@ def _matches(patterns: list[str]) -> tuple[Path, ...]:
     return tuple(sorted(found))
 
 
+def objects(path: Path) -> Iterator[Any]:
+    """What the lines of JSON in a file say; raises `DataError` for a line that is none."""
+    for where, item in _documents_in(path):
+        if isinstance(item, Document):
+            try:
+                yield json.loads(item.text)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{where}: this line is not JSON ({error}). Mend or remove it.") from None
+
+
+def whole(path: Path) -> str:
+    """The text of a file; raises `DataError` if it is not UTF-8."""
+    try:
+        return b"".join(_chunks(path)).decode()
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{path}: this is not UTF-8 ({error.reason} at byte {error.start}). Convert it."
+        ) from None
+
+
+def _source(kind: str, patterns: list[str], read: Any) -> Source:
+    files = matches(patterns)
+    return Source(
+        f"{kind} {' '.join(patterns)}", files, lambda: (item for path in files for item in read(path))
+    )
+
+
 def _texts(path: Path, separator: str | None) -> Iterator[Document | Dropped]:
     if separator is None:
         yield from_bytes(b"".join(_chunks(path)))
@@ -69,9 +101,17 @@ def _texts(path: Path, separator: str | None) -> Iterator[Document | Dropped]:
         yield from map(from_bytes, _split(_chunks(path), separator.encode()))
 
 
-def _lines(path: Path, text_field: str) -> Iterator[Document | Dropped]:
+def _lines(path: Path, text_field: str, tolerant: bool) -> Iterator[Document | Dropped]:
     for where, item in _documents_in(path):
-        yield item if isinstance(item, Dropped) else _from_json(item.text, text_field, where)
+        if isinstance(item, Dropped):
+            yield item
+            continue
+        try:
+            yield _from_json(item.text, text_field, where)
+        except _BadRowError as bad:
+            if not tolerant:
+                raise
+            yield Dropped(bad.reason, item.num_bytes, where, item.text[:_SAMPLE])
 
 
 def _conversations(path: Path, field: str) -> Iterator[Document | Dropped]:
@@ -96,13 +136,15 @@ def _value(line: str, key: str, where: str, setting: str) -> Any:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
-        raise DataError(
-            f"{where}: this line is not JSON ({error}). Mend or remove it; a file that was cut ends like this."
+        raise _BadRowError(
+            "not JSON",
+            f"{where}: this line is not JSON ({error}). Mend or remove it; a file that was cut ends like this.",
         ) from None
     if not isinstance(row, dict) or key not in row:
         keys = ", ".join(map(repr, row)) if isinstance(row, dict) else f"no object but {row!r:.40}"
-        raise DataError(
-            f"{where}: there is no {key!r} in this line, only {keys}. Set the source's {setting}."
+        raise _BadRowError(
+            f"no {key}",
+            f"{where}: there is no {key!r} in this line, only {keys}. Set the source's {setting}.",
         )
     return row[key]
 
@@ -110,8 +152,9 @@ def _value(line: str, key: str, where: str, setting: str) -> Any:
 def _from_json(line: str, text_field: str, where: str) -> Document | Dropped:
     value = _value(line, text_field, where, "text_field")
     if value is not None and not isinstance(value, str):
-        raise DataError(
-            f"{where}: {text_field!r} is {value!r:.60}, but a document must be a string. Set the source's text_field."
+        raise _BadRowError(
+            "not a string",
+            f"{where}: {text_field!r} is {value!r:.60}, but a document must be a string. Set the source's text_field.",
         )
     return from_text(value)
 

@@ -48,7 +48,7 @@ def workspace(folder: Path, *, replace: bool) -> Iterator[Path]:
     unfinished = place.with_name(f".{place.name}.unfinished")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(place):
+        with locked(place):
             occupied = existing(folder) is not None
             if occupied and not replace:
                 raise DataError(
@@ -58,7 +58,7 @@ def workspace(folder: Path, *, replace: bool) -> Iterator[Path]:
             unfinished.mkdir()
             try:
                 yield unfinished
-                _sync(unfinished)
+                sync(unfinished)
                 _publish(unfinished, place)
             finally:
                 shutil.rmtree(unfinished, ignore_errors=True)
@@ -80,7 +80,8 @@ def _publish(unfinished: Path, place: Path) -> None:
 
 
 @contextmanager
-def _lock(place: Path) -> Iterator[None]:
+def locked(place: Path) -> Iterator[None]:
+    """Hold `place` against other runs; raises `DataError` if one holds it."""
     path = place.with_name(f".{place.name}.lock")
     with path.open("w") as file:
         try:
@@ -96,7 +97,8 @@ def _lock(place: Path) -> Iterator[None]:
             path.unlink(missing_ok=True)
 
 
-def _sync(folder: Path) -> None:
+def sync(folder: Path) -> None:
+    """Bring a folder and all in it to the disk."""
     for path in sorted(folder.rglob("*")):
         if path.is_file():
             with path.open("rb") as file:

@@ -4,28 +4,15 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import xxhash
-
-from data_prep import files, output, vocabulary
+from data_prep import output, shares, vocabulary
 from data_prep.chat import ChatTokenizer
 from data_prep.documents import Account, Document, Dropped, Source, nothing_left
-from data_prep.hub import hub
+from data_prep.encoder import Encoder
 from data_prep.progress import watched
-from data_prep.recipe import (
-    BpeTokenizer,
-    ChatSource,
-    DataRecipe,
-    HubSource,
-    JsonlSource,
-    ParquetSource,
-    StdlibSource,
-    TextSource,
-    ValidationSplit,
-)
+from data_prep.recipe import BpeTokenizer, ChatSource, DataRecipe, ValidationSplit
 from data_prep.splits import SplitWriter
-from data_prep.stdlib import stdlib
+from data_prep.texts import open_source
 from data_prep.vocabulary import Vocabulary
 from moe import log
 from moe.data.shards import (
@@ -59,11 +46,11 @@ def prepare(recipe: DataRecipe, *, overwrite: bool = False) -> TokenData:
 
 
 def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
-    sources = [_open(config) for config in recipe.sources]
+    sources = [open_source(config) for config in recipe.sources]
     digests = [source.digest() for source in sources]
     tokenizer = recipe.tokenizer
     ready = None if isinstance(tokenizer, BpeTokenizer) else vocabulary.load(tokenizer)
-    if not overwrite and _up_to_date(recipe, digests, ready):
+    if not overwrite and up_to_date(recipe, digests, ready):
         log.get().info("%s is up to date: nothing to do", recipe.folder)
         return TokenData.open(recipe.folder, verify=False)
     with output.workspace(recipe.folder, replace=overwrite) as folder:
@@ -74,44 +61,21 @@ def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
         log.get().info("encoding into %s", recipe.folder)
         manifest = _write(recipe, sources, digests, ready, folder)
         (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
-    _summarise(manifest, recipe.folder)
+    summarise(manifest, recipe.folder)
     return TokenData.open(recipe.folder, verify=False)
 
 
-def _open(
-    config: StdlibSource | TextSource | JsonlSource | ParquetSource | HubSource | ChatSource,
-) -> Source:
-    match config:
-        case StdlibSource():
-            return stdlib()
-        case TextSource():
-            return files.text(config)
-        case JsonlSource():
-            return files.jsonl(config)
-        case ParquetSource():
-            return files.parquet(config)
-        case HubSource():
-            return hub(config)
-        case ChatSource():
-            return files.chat(config)
-
-
-def _identity(recipe: DataRecipe) -> dict[str, Any]:
-    """What decides the tokens: the recipe but for where they go."""
-    return recipe.model_dump(mode="json", exclude={"output"})
-
-
-def _up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabulary | None) -> bool:
+def up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabulary | None) -> bool:
     """Whether the folder holds just this, to the byte; raises `DataError` if it holds anything else."""
     manifest = output.existing(recipe.folder)
     if manifest is None:
         return False
     changed = []
-    if manifest.recipe != _identity(recipe):
-        changed = [key for key, value in _identity(recipe).items() if manifest.recipe.get(key) != value]
+    if manifest.recipe != recipe.identity:
+        changed = [key for key, value in recipe.identity.items() if manifest.recipe.get(key) != value]
     elif [source.digest for source in manifest.sources] != list(digests):
         changed = ["the text of the sources"]
-    elif ready and any(manifest.tokenizer.files.get(p.name) != FileStamp.of(p) for p in ready.files):
+    elif ready and any(not _is(manifest.tokenizer.files.get(p.name), p) for p in ready.files):
         changed = ["the tokenizer's files"]
     if changed:
         raise DataError(
@@ -126,6 +90,10 @@ def _up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabu
             f"Use --overwrite to make it again."
         ) from None
     return True
+
+
+def _is(stamp: FileStamp | None, path: Path) -> bool:
+    return stamp is not None and stamp.matches(FileStamp.of(path))
 
 
 def _write(
@@ -144,14 +112,15 @@ def _write(
         if recipe.is_chat:
             accounts = _encode_chat(recipe, sources, digests, ChatTokenizer(folder / TOKENIZER_NAME), writers)
         else:
+            encoder = Encoder(ready, fast=recipe.tokenizer.fast)
             accounts = [
-                _encode(source, digest, ready, writers, recipe.validation)
+                _encode(source, digest, encoder, writers, recipe.validation)
                 for source, digest in zip(sources, digests, strict=True)
             ]
         facts = {split: writer.close() for split, writer in writers.items()}
-    _check_splits(recipe, facts, accounts)
+    check_splits(recipe, facts, accounts)
     return Manifest(
-        recipe=_identity(recipe),
+        recipe=recipe.identity,
         dtype=dtype,
         tokenizer=tokenizer,
         splits={split: fact for split, fact in facts.items() if fact},
@@ -162,7 +131,7 @@ def _write(
 def _encode(
     source: Source,
     digest: str | None,
-    ready: Vocabulary,
+    encoder: Encoder,
     writers: dict[Split, SplitWriter],
     validation: ValidationSplit,
 ) -> SourceFacts:
@@ -171,9 +140,9 @@ def _encode(
         for item in batch:
             account.reads(item)
         documents = [item for item in batch if isinstance(item, Document)]
-        for document, ids in zip(documents, ready.encode([d.text for d in documents]), strict=True):
-            writers[_split(document, validation)].add(ids, document.num_bytes)
+        for document in documents:
             account.keeps(document)
+        shares.encode([document.text.encode() for document in documents], encoder, writers, validation)
     return account.close(source.name, digest)
 
 
@@ -196,7 +165,9 @@ def _encode_chat(
             if isinstance(found, Dropped):
                 account.drops(item, found.reason)
             else:
-                writers[_split(item, recipe.validation)].add(found.ids, found.num_bytes, found.mask)
+                writers[shares.split_of(item.text.encode(), recipe.validation)].add(
+                    found.ids, found.num_bytes, found.mask
+                )
                 account.keeps(item)
         accounts.append(account.close(source.name, digest))
     return accounts
@@ -214,15 +185,10 @@ def _batches(items: Iterable[Document | Dropped]) -> Iterator[list[Document | Dr
     return (list(group) for _, group in groupby(items, key=block))
 
 
-def _split(document: Document, validation: ValidationSplit) -> Split:
-    """By the document's own text, so that order and neighbours are nothing and copies never straddle."""
-    place = xxhash.xxh3_64_intdigest(f"{validation.seed}\0{document.text}".encode())
-    return "validation" if place < validation.fraction * 2**64 else "train"
-
-
-def _check_splits(
+def check_splits(
     recipe: DataRecipe, facts: dict[Split, SplitFacts | None], accounts: Sequence[SourceFacts]
 ) -> None:
+    """Raise `DataError` unless there is something in every split that is to have something."""
     kept = sum(account.kept.documents for account in accounts)
     if not kept:
         raise nothing_left(accounts)
@@ -235,7 +201,8 @@ def _check_splits(
             )
 
 
-def _summarise(manifest: Manifest, folder: Path) -> None:
+def summarise(manifest: Manifest, folder: Path) -> None:
+    """Say what was read, dropped and written."""
     say = log.get().info
     for source in manifest.sources:
         dropped = "; ".join(f"{amount.documents:,} dropped: {why}" for why, amount in source.dropped.items())

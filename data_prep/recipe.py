@@ -1,14 +1,12 @@
 """Every knob of a preparation: sources, tokenizer, validation split, shards."""
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
+from data_prep.treatment import Clean, Decontaminate, Duplicates, LocalExecutor, NonEmpty, Patterns
 from moe.recipe import PathText, Section
-
-NonEmpty = Annotated[str, Field(min_length=1)]
-Patterns = Annotated[list[PathText], Field(min_length=1)]
 
 
 class StdlibSource(Section):
@@ -96,6 +94,8 @@ class BpeTokenizer(Section):
     """How often a pair must occur to be merged."""
     sample_megabytes: PositiveInt = 32
     """Text to train on, in 10^6 bytes: an equal share from the beginning of each source."""
+    fast: bool = True
+    """Encode by gigatoken where it gives the same ids; false: always by tokenizers."""
 
 
 class ExistingTokenizer(Section):
@@ -108,6 +108,8 @@ class ExistingTokenizer(Section):
     """Token that ends a document; null: what tokenizer_config.json says, or <|endoftext|>."""
     pad_token: NonEmpty | None = None
     """Token that fills rows; null: what tokenizer_config.json says, or the end of a document."""
+    fast: bool = True
+    """Encode by gigatoken where it gives the same ids; false: always by tokenizers."""
 
 
 Tokenizer = Annotated[BpeTokenizer | ExistingTokenizer, Field(discriminator="type")]
@@ -139,6 +141,43 @@ class DataRecipe(Section):
     """What is held out from training."""
     shard_tokens: PositiveInt = 100_000_000
     """A shard ends with the document that brings it to so many tokens."""
+    clean: Clean | None = None
+    """What each document must pass; null: nothing but being text."""
+    duplicates: Duplicates | None = None
+    """Which copies are dropped; null: none."""
+    decontaminate: Decontaminate | None = None
+    """Whose test texts are kept out; null: none."""
+    bad_rows: Literal["stop", "quarantine"] = "stop"
+    """What a row that is no JSON or has no text does: end the work, or go into quarantine.jsonl and be counted."""
+    part_megabytes: PositiveInt = 64
+    """Text of a part, in 10^6 bytes: parts are made side by side, each with its shards, when work is in stages."""
+    executor: LocalExecutor | None = None
+    """Who works on the parts; null: this process alone, or all cores where a setting above needs stages."""
+
+    @property
+    def is_staged(self) -> bool:
+        """Whether the work is done in stages, part by part."""
+        asked = (self.clean, self.duplicates, self.decontaminate, self.executor)
+        return any(asked) or self.bad_rows == "quarantine"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the tokens: the recipe but for where they go, how fast, and settings without effect."""
+        page = self.model_dump(mode="json", exclude={"output": True, "executor": True, "tokenizer": {"fast"}})
+        without_effect = {"clean": None, "duplicates": None, "decontaminate": None, "bad_rows": "stop"}
+        page = {key: value for key, value in page.items() if without_effect.get(key, page) != value}
+        if not self.is_staged:
+            del page["part_megabytes"]
+        return page
+
+    @model_validator(mode="after")
+    def _conversations_stay_as_they_are(self) -> "DataRecipe":
+        if self.is_chat and self.is_staged:
+            raise ValueError(
+                "clean, duplicates, decontaminate, bad_rows and executor are for text, and the sources are chat: "
+                "remove them"
+            )
+        return self
 
     @property
     def is_chat(self) -> bool:

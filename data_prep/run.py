@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from data_prep import staged
 from data_prep.prepare import prepare
 from data_prep.recipe import DataRecipe
 from moe import log
@@ -15,11 +16,35 @@ from moe.recipe import load
 @click.argument("recipe", type=click.Path(path_type=Path))
 @click.argument("overrides", nargs=-1, metavar="[KEY=VALUE]...")
 @click.option("--overwrite", is_flag=True, help="Replace what another recipe made in the output folder.")
-def command(recipe: Path, overrides: tuple[str, ...], overwrite: bool) -> None:
+@click.option(
+    "--stage", type=click.Choice(staged.STAGES), help="Do this stage alone, on a complete one before it."
+)
+@click.option(
+    "--executor", type=click.Choice(["local"]), help="Work in stages, in processes of this machine."
+)
+@click.option("--dry-run", is_flag=True, help="Tell what would be done, part by part, and do nothing.")
+def command(
+    recipe: Path,
+    overrides: tuple[str, ...],
+    overwrite: bool,
+    stage: str | None,
+    executor: str | None,
+    dry_run: bool,
+) -> None:
     """Turn text into token shards as RECIPE says; KEY=VALUE changes a setting of it."""
     log.setup()
     with clean_exit():
-        prepare(load(DataRecipe, recipe, overrides), overwrite=overwrite)
+        page = load(DataRecipe, recipe, overrides)
+        if executor and not page.is_staged:
+            page = load(DataRecipe, recipe, (*overrides, f"executor.type={executor}"))
+        if page.is_staged:
+            staged.prepare(page, staged.Asked(overwrite, stage, dry_run, click.echo))
+        elif stage or dry_run:
+            raise click.UsageError(
+                "this recipe is done in one piece: add --executor local to do it in stages"
+            )
+        else:
+            prepare(page, overwrite=overwrite)
 
 
 if __name__ == "__main__":

@@ -132,7 +132,9 @@ def _run(
 ) -> tuple["Weights", "Written", int | None]:
     from moe.checkpoint import certificate
     from moe.checkpoint.read import SavedModel
+    from moe.hf.card import Facts
     from moe.hf.write import write
+    from moe.metrics import evaluation
 
     saved = SavedModel.open(run_dir, step)
     page = certificate.find(saved.run, saved.folder)
@@ -145,7 +147,11 @@ def _run(
         run_dir / "tokenizer",
         dtype=dtype,
         max_shard_size=max_shard_size,
-        certified=certificate.sentence(page) if page else "",
+        facts=Facts(
+            saved.manifest.data_fingerprint,
+            evaluation.last(run_dir, saved.step),
+            certificate.sentence(page) if page else "",
+        ),
     )
     return saved, written, saved.step
 

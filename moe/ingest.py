@@ -114,7 +114,11 @@ def _progress(weights: "Weights") -> Iterator[Callable[[int], None]]:
 @click.option(
     "--to", type=click.Path(path_type=Path), help="Folder to make; without it the model section is printed."
 )
-@click.option("--dtype", type=click.Choice(["fp32", "bf16"]), help="Of the weights; fp32 if not given.")
+@click.option(
+    "--dtype",
+    type=click.Choice(["fp32", "bf16"]),
+    help="Of the weights; fp32, which keeps every bit, if not given.",
+)
 @click.option("--max-shard-size", help="Largest weight file; 5GB if not given.")
 @click.option(
     "--verify", is_flag=True, help="Compare logits with stock transformers before the folder appears."

@@ -43,6 +43,11 @@ class Losses:
     further: Tensor
     """Nats per token of the prediction modules, the mean over modules, unweighted; 0 without them."""
 
+    def terms(self) -> Tensor:
+        """[5]: cross-entropy, load balancing, router z, further and total, without gradient."""
+        parts = (self.cross_entropy, self.load_balancing, self.router_z, self.further, self.total.detach())
+        return torch.stack(parts)
+
 
 def losses(
     output: ModelOutput,

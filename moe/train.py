@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from moe import dist, log
+from moe import attempt, dist, log
 from moe.checkpoint import identity, space
 from moe.checkpoint.certificate import CERTIFICATE
 from moe.checkpoint.folder import write_atomically
@@ -47,8 +47,7 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
     if run.folder.exists() and not run.folder.is_dir():
         raise ConfigError(f"run_dir is {run.folder}, but that is a file. Choose another run_dir.")
     there = {path.name for path in run.folder.iterdir()} if run.folder.is_dir() else set()
-    strangers = bool(there - {".lock", CERTIFICATE}) and "recipe.yaml" not in there
-    if strangers:
+    if there - {".lock", CERTIFICATE, "launch", "logs"} and "recipe.yaml" not in there:
         raise ConfigError(
             f"run_dir is {run.folder}, but that folder holds other things than a run (there is no recipe.yaml). "
             f"Choose another run_dir."
@@ -64,10 +63,10 @@ def preflight(run: RunConfig, world_size: int) -> TokenData:
 def main(recipe: str | Path, overrides: Sequence[str] = ()) -> int:
     """Train, or go on training, the recipe's run on the ranks that the launcher announced.
 
-    Returns 0 when all steps are done, `EXIT_STOPPED` when a signal stopped it after a save. Raises
-    `TurnoutError` for what the user can mend.
+    Returns 0 when all steps are done, `EXIT_STOPPED` after a signal and a save; raises `TurnoutError`.
     """
     stop = StopSignal.listen()
+    attempt.show_stacks_on_request()
     log.setup(dist.rank_from_environment())
     run = load(RunConfig, recipe, overrides)
     data = preflight(run, dist.world_size_from_environment())
@@ -110,6 +109,7 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
         Saver.open(engine, sources.fingerprint, state.step, tracker) as saver,
     ):
         meter = Meter(run, ranks, tracker)
+        beat = attempt.beats(state.step)
         if state.step == 0:
             _evaluate(run, data, engine, tracker, state, meter)
         while state.step < run.train.steps and not ranks.any(stop.received or saver.poll()):
@@ -120,6 +120,7 @@ def train(run: RunConfig, data: TokenData, ranks: dist.Ranks, stop: StopSignal) 
             if result.fault:
                 saver.settle()  # if the run is rolled back, then to the newest checkpoint at every try
             state = advance(engine, state, result, meter)
+            beat(state.step)
             _evaluate(run, data, engine, tracker, state, meter)
             if run.checkpoint.every_steps and state.step % run.checkpoint.every_steps == 0:
                 with meter.stopped():
@@ -272,14 +273,13 @@ def _finish(run: RunConfig, ranks: dist.Ranks, state: "TrainState") -> int:
     done = state.step >= run.train.steps
     if ranks.speaks:
         if done:
-            write_atomically(
-                run.folder / "done", json.dumps({"step": state.step, "tokens": state.tokens}) + "\n"
-            )
+            attempt.check_owner(run.folder)
+            page = {"step": state.step, "tokens": state.tokens}
+            write_atomically(run.folder / "done", json.dumps(page) + "\n")
             log.get().info("done: %d steps, %s tokens, in %s", state.step, f"{state.tokens:,}", run.folder)
         else:
-            log.get().info(
-                "stopped at step %d of %d; the same command goes on from here", state.step, run.train.steps
-            )
+            sentence = "stopped at step %d of %d; the same command goes on from here"
+            log.get().info(sentence, state.step, run.train.steps)
     ranks.barrier()
     return 0 if done else EXIT_STOPPED
 

@@ -167,7 +167,8 @@ CASES: dict[str, StockCase] = {
         "olmo2",
         {**_COMMON, **_DENSE},
         square_tied={**_SQUARE_FILL, **_SQUARE_DENSE, **_TIED},
-        biased={**_BIASED, "rope_parameters": _LINEAR},
+        biased=_BIASED,
+        linear={"rope_parameters": _LINEAR},
     ),
     **_of(
         "mixtral",
@@ -190,6 +191,7 @@ CASES: dict[str, StockCase] = {
         unbiased={"qkv_bias": False, "norm_topk_prob": False},
         every_second_sparse={"num_hidden_layers": 4, "decoder_sparse_step": 2, "mlp_only_layers": [3]},
         windows_above={"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1},
+        window={"use_sliding_window": True, "sliding_window": 7, "max_window_layers": 0},
         one_expert={"num_experts_per_tok": 1, "norm_topk_prob": False, "rope_parameters": _YARN},
     ),
     **_of(
@@ -223,6 +225,17 @@ CASES: dict[str, StockCase] = {
     **_of(
         "phimoe",
         {**_COMMON, **_LOCAL, "router_jitter_noise": 0.2},
+        longrope={
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1234.0,
+                "short_factor": [1.0, 1.3],
+                "long_factor": [1.0, 4.0],
+                "short_mscale": 1.1,
+                "long_mscale": 1.3,
+                "original_max_position_embeddings": 48,
+            },
+        },
         square={**_SQUARE_FILL, **_SQUARE_LOCAL, "num_experts_per_tok": 2},
         tied=_TIED,
         biased_window={
@@ -260,19 +273,12 @@ CASES: dict[str, StockCase] = {
     ),
     **_of(
         "gpt_oss",
-        {**_WIDE_HEADS, **_LOCAL, **_SOME_WINDOWS, "swiglu_limit": 1.5},
+        {**_WIDE_HEADS, **_LOCAL, **_SOME_WINDOWS},
         square={**_SQUARE, **_SQUARE_LOCAL},
         fused_square_tied={**_SQUARE, **_FUSED_SQUARE, **_TIED},
-        yarn={
-            "rope_parameters": {
-                **_YARN,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": False,
-            },
-            "swiglu_limit": 7.0,
-        },
-        unbiased_everywhere_windowed={**_ALL_WINDOWS, "attention_bias": False, "swiglu_alpha": 1.2},
+        yarn={"rope_parameters": {**_YARN, "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}},
+        capped={"swiglu_limit": 0.5, "swiglu_alpha": 1.2},
+        unbiased_everywhere_windowed={**_ALL_WINDOWS, "attention_bias": False},
         no_window={**_NO_WINDOWS, "num_key_value_heads": 6},
     ),
     **_of(

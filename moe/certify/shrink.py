@@ -80,6 +80,11 @@ def _attention(model: ModelConfig, layers: int) -> dict[str, Any]:
         page["rope_fraction"] = (2 * math.ceil(width / 4)) / width  # half of it, an even number
         if page["rope_fraction"] >= 1:
             page["rope_fraction"] = 2 / width
+    if (scaling := attention.rope_scaling) is not None and scaling.kind == "longrope":
+        pairs = int(width * page.get("rope_fraction", 1.0)) // 2
+        factors = {key: getattr(scaling, key) for key in ("short_factors", "long_factors")}
+        few = {key: [many[n % len(many)] for n in range(pairs)] for key, many in factors.items()}
+        page["rope_scaling"] = scaling.model_dump() | few
     if attention.sliding_window is not None:
         page["sliding_window"] = WINDOW
     if attention.window_layers is not None:

@@ -9,6 +9,7 @@ from typing import TypeVar, cast
 
 from torch import Tensor
 
+from moe.attempt import check_owner, still_owner
 from moe.checkpoint import certificate, guarded, retention, tensors
 from moe.checkpoint import folder as folders
 from moe.checkpoint.folder import File, Layout, Manifest, Saved
@@ -50,8 +51,10 @@ def write(run: RunConfig, mine: Snapshot, ranks: Ranks) -> Manifest:
     target = folders.step_folder(run.folder, mine.step)
     torn = folders.torn(target)
     try:
-        _together(ranks, torn, lambda: begin(torn) if ranks.speaks else None)
-        parts = _together(ranks, torn, lambda: write_part(torn, ranks.rank, mine.tensors, mine.rng))
+        _together(ranks, torn, lambda: _owned(run, lambda: begin(torn) if ranks.speaks else None))
+        parts = _together(
+            ranks, torn, lambda: _owned(run, lambda: write_part(torn, ranks.rank, mine.tensors, mine.rng))
+        )
         blank = Manifest(
             step=mine.step,
             next_sample=mine.step * run.train.global_batch_size,
@@ -62,9 +65,13 @@ def write(run: RunConfig, mine: Snapshot, ranks: Ranks) -> Manifest:
             tensors={},
         )
         manifest = filled(blank, run, parts)
-        _together(ranks, torn, lambda: _finish(run, manifest, torn) if ranks.speaks else None)
+        _together(
+            ranks, torn, lambda: _owned(run, lambda: _finish(run, manifest, torn) if ranks.speaks else None)
+        )
     except CheckpointError:
-        if ranks.speaks:  # all ranks have stopped writing, and the room may be wanted
+        if ranks.speaks and still_owner(
+            run.folder
+        ):  # all ranks have stopped writing, and the room may be wanted
             shutil.rmtree(torn, ignore_errors=True)
         raise
     return manifest
@@ -117,6 +124,11 @@ def sync(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _owned(run: RunConfig, work: Callable[[], T]) -> T:
+    check_owner(run.folder)
+    return work()
 
 
 def _finish(run: RunConfig, manifest: Manifest, torn: Path) -> None:

@@ -13,18 +13,20 @@ def _norm(value: Any) -> Any:
 
 
 QueryKeyNorm = Annotated[Literal["none", "head", "full", "after_rotation"], BeforeValidator(_norm)]
+Factors = Annotated[tuple[PositiveFloat, ...], Field(strict=False)]
 Layers = Annotated[tuple[Count, ...], Field(strict=False)]
 
 
 class RopeScaling(Section):
     """Frequencies stretched for sequences longer than those first trained on."""
 
-    kind: Literal["linear", "llama3", "yarn"]
-    """Divide all frequencies (arXiv:2306.15595), the low ones (Llama 3.1), or by a ramp (arXiv:2309.00071)."""
+    kind: Literal["linear", "llama3", "yarn", "longrope"]
+    """Divide all frequencies (arXiv:2306.15595), the low ones (Llama 3.1), by a ramp (arXiv:2309.00071), or each by a
+    number of its own (arXiv:2402.13753)."""
     factor: PositiveFloat
     """How many times longer."""
     original_max_sequence_length: Size | None = None
-    """Positions of the first training; llama3 and yarn."""
+    """Positions of the first training; all but linear."""
     low_frequency_factor: PositiveFloat | None = None
     """Waves longer than the original length over this are divided; llama3."""
     high_frequency_factor: PositiveFloat | None = None
@@ -41,6 +43,14 @@ class RopeScaling(Section):
     """Weight of log(factor) in that factor, above mscale_all_dim's (DeepSeek-V2); yarn."""
     mscale_all_dim: PositiveFloat | None = None
     """Its weight for all dimensions of a head; scales latent attention's logits too (DeepSeek-V2); yarn."""
+    short_factors: Factors | None = None
+    """What each frequency is divided by up to the original length; longrope."""
+    long_factors: Factors | None = None
+    """What each frequency is divided by beyond it; longrope."""
+    short_mscale: PositiveFloat | None = None
+    """Factor on cosine and sine up to the original length; longrope (Phi-3.5-MoE)."""
+    long_mscale: PositiveFloat | None = None
+    """Factor on cosine and sine beyond it; longrope."""
 
 
 class LatentAttentionConfig(Section):

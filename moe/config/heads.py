@@ -10,6 +10,9 @@ _OF_KIND = {
     "llama3": {"original_max_sequence_length", "low_frequency_factor", "high_frequency_factor"},
     "yarn": {"original_max_sequence_length"},
     "linear": set(),
+    "longrope": {
+        *("original_max_sequence_length", "short_factors", "long_factors", "short_mscale", "long_mscale"),
+    },
 }
 """What a kind of scaling needs."""
 _MAY = {"yarn": {"beta_fast", "beta_slow", "truncate", "attention_factor", "mscale", "mscale_all_dim"}}
@@ -21,7 +24,9 @@ def attention_faults(model: ModelConfig) -> list[str]:
     attention = model.attention
     widths = _latent(attention) if attention.latent is not None else _heads(model)
     faults = (
-        widths + _windows(attention) + list(_scaling(attention.rope_scaling, attention.latent is not None))
+        widths
+        + _windows(attention)
+        + list(_scaling(attention.rope_scaling, model.rotary_dim // 2, attention.latent is not None))
     )
     width = model.head_dim if attention.latent is None else attention.latent.rope_head_dim
     if not faults and (model.rotary_dim % 2 or not model.rotary_dim):
@@ -90,7 +95,7 @@ def _windows(attention: AttentionConfig) -> list[str]:
     return faults
 
 
-def _scaling(scaling: RopeScaling | None, latent: bool) -> Iterable[str]:
+def _scaling(scaling: RopeScaling | None, pairs: int, latent: bool) -> Iterable[str]:
     if scaling is None:
         return
     here, needed = "model.attention.rope_scaling", _OF_KIND[scaling.kind]
@@ -100,6 +105,13 @@ def _scaling(scaling: RopeScaling | None, latent: bool) -> Iterable[str]:
         yield f"{here} is {scaling.kind}, which needs {missing[0]}, but it is not set. Set it."
     if idle := sorted(given - needed - _MAY.get(scaling.kind, set())):
         yield f"{here}.{idle[0]} has no effect on {scaling.kind}. Remove it."
+    for name in ("short_factors", "long_factors"):
+        factors = getattr(scaling, name)
+        if scaling.kind == "longrope" and factors is not None and len(factors) != pairs:
+            yield (
+                f"{here}.{name} has {len(factors)} numbers, but {pairs} pairs of a head's columns are rotated: each "
+                f"frequency has one. Give {pairs}."
+            )
     low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
     if low is not None and high is not None and low >= high:
         yield f"{here}.low_frequency_factor is {low}, but high_frequency_factor is {high}: it must be lower."

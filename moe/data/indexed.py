@@ -19,9 +19,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from moe.data.manifest import FileStamp, TokenType
+from moe.data.manifest import FileStamp, Stamper, TokenType
 from moe.errors import DataError
 
 MAGIC = b"MMIDIDX\x00\x00"
@@ -49,7 +48,7 @@ class PairWriter:
         self._dtype = np.dtype(dtype).newbyteorder("<")
         self._lengths = array("i")
         self._file = prefix.with_name(prefix.name + ".bin").open("wb")
-        self._hash = xxhash.xxh3_128()
+        self._stamper = Stamper()
 
     @property
     def num_documents(self) -> int:
@@ -62,10 +61,19 @@ class PairWriter:
             raise DataError(
                 f"a document has {len(ids_N)} tokens: an .idx file counts to {_LONGEST}. Split the document."
             )
+        self._write(ids_N)
+        self._lengths.append(len(ids_N))
+
+    def add_many(self, ids_N: Tokens, lengths_D: npt.NDArray[np.int64]) -> None:
+        """Append documents that lie end to end, `lengths_D` tokens each; ids must fit the dtype."""
+        assert len(ids_N) == lengths_D.sum()
+        self._write(ids_N.astype(self._dtype, copy=False))
+        self._lengths.extend(lengths_D.tolist())  # an OverflowError beyond what an .idx file counts to
+
+    def _write(self, ids_N: Tokens) -> None:
         block = ids_N.tobytes()
         self._file.write(block)
-        self._hash.update(block)
-        self._lengths.append(len(ids_N))
+        self._stamper.update(block)
         self.num_tokens += len(ids_N)
 
     def close(self) -> tuple[FileStamp, FileStamp]:
@@ -73,10 +81,9 @@ class PairWriter:
         index = self._index()
         self._file.close()
         self.prefix.with_name(self.prefix.name + ".idx").write_bytes(index)
-        return (
-            FileStamp(bytes=self.num_tokens * self._dtype.itemsize, xxh3_128=self._hash.hexdigest()),
-            FileStamp(bytes=len(index), xxh3_128=xxhash.xxh3_128_hexdigest(index)),
-        )
+        of_index = Stamper()
+        of_index.update(index)
+        return self._stamper.close(), of_index.close()
 
     def abandon(self) -> None:
         """Close the file; what was written is worthless."""

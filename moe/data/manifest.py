@@ -1,6 +1,7 @@
 """`manifest.json`: what a prepared data folder holds, where it came from, and the hash of every file."""
 
 import json
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
@@ -17,7 +18,10 @@ FORMAT_VERSION: Final = 1
 Split = Literal["train", "validation"]
 TokenType = Literal["uint16", "int32"]
 
-_BLOCK = 1 << 22
+BLOCK_BYTES: Final = 1 << 20
+"""Of each so many bytes of a file its stamp has a hash of its own, so that damage is found to the block."""
+
+_DIGITS = 16
 
 
 def _stays_in_its_folder(name: str) -> str:
@@ -34,16 +38,65 @@ class FileStamp(Section):
 
     bytes: NonNegativeInt
     xxh3_128: str
+    blocks: str | None = None
+    """xxh3_64 of each `BLOCK_BYTES`, 16 hexadecimal digits a block end to end; null: made before there were any."""
 
     @classmethod
     def of(cls, path: Path) -> "FileStamp":
         """Read all of `path`."""
-        digest, size = xxhash.xxh3_128(), 0
+        stamper = Stamper()
         with path.open("rb") as file:
-            while block := file.read(_BLOCK):
-                digest.update(block)
-                size += len(block)
-        return cls(bytes=size, xxh3_128=digest.hexdigest())
+            while block := file.read(BLOCK_BYTES):
+                stamper.update(block)
+        return stamper.close()
+
+    def matches(self, other: "FileStamp") -> bool:
+        """Whether both are of the same bytes."""
+        return (self.bytes, self.xxh3_128) == (other.bytes, other.xxh3_128)
+
+    def first_damage(self, found: "FileStamp") -> str:
+        """Where `found` begins to differ from this, such as "block 3 (bytes 2097152 to 3145727)"; "" if unknown."""
+        if self.blocks is None or found.blocks is None:
+            return ""
+        pairs = zip_longest(_cut(self.blocks), _cut(found.blocks))
+        number = next((at for at, (one, other) in enumerate(pairs) if one != other), None)
+        if number is None:
+            return ""
+        first, last = number * BLOCK_BYTES, min((number + 1) * BLOCK_BYTES, max(self.bytes, found.bytes)) - 1
+        return f"block {number + 1} (bytes {first} to {last})"
+
+
+class Stamper:
+    """Bytes as they are written -> the `FileStamp` of the file."""
+
+    def __init__(self) -> None:
+        self._whole = xxhash.xxh3_128()
+        self._block = xxhash.xxh3_64()
+        self._blocks: list[str] = []
+        self._size = 0
+
+    def update(self, data: bytes) -> None:
+        self._whole.update(data)
+        view = memoryview(data)
+        while len(view):
+            now, view = view[: (room := BLOCK_BYTES - self._size % BLOCK_BYTES)], view[room:]
+            self._block.update(now)
+            self._size += len(now)
+            if self._size % BLOCK_BYTES == 0:
+                self._end_block()
+
+    def close(self) -> FileStamp:
+        if self._size % BLOCK_BYTES:
+            self._end_block()
+        return FileStamp(bytes=self._size, xxh3_128=self._whole.hexdigest(), blocks="".join(self._blocks))
+
+    def _end_block(self) -> None:
+        self._blocks.append(self._block.hexdigest())
+        self._block.reset()
+
+
+def _cut(blocks: str) -> list[str]:
+    return [blocks[at : at + _DIGITS] for at in range(0, len(blocks), _DIGITS)]
 
 
 class Amount(Section):
@@ -111,6 +164,8 @@ class SourceFacts(Section):
     kept: Amount
     dropped: dict[str, Amount]
     """By reason."""
+    rewritten: int = 0
+    """Bytes that cleaning added to texts, or took away if negative: read + rewritten = kept + dropped."""
 
 
 class Manifest(Section):

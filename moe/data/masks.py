@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import xxhash
 
-from moe.data.manifest import FileStamp
+from moe.data.manifest import FileStamp, Stamper
 
 Mask = npt.NDArray[np.uint8]
 
@@ -23,20 +22,18 @@ class MaskWriter:
 
     def __init__(self, prefix: Path) -> None:
         self._file = mask_path(prefix).open("wb")
-        self._hash = xxhash.xxh3_128()
-        self._num_bytes = 0
+        self._stamper = Stamper()
 
     def add(self, mask: Sequence[int]) -> None:
         """Append a document's."""
         block = np.asarray(mask, dtype=np.uint8).tobytes()
         self._file.write(block)
-        self._hash.update(block)
-        self._num_bytes += len(block)
+        self._stamper.update(block)
 
     def close(self) -> FileStamp:
         """Finish the file; its stamp."""
         self._file.close()
-        return FileStamp(bytes=self._num_bytes, xxh3_128=self._hash.hexdigest())
+        return self._stamper.close()
 
     def abandon(self) -> None:
         """Close the file; what was written is worthless."""

@@ -236,8 +236,10 @@ def _check_file(path: Path, stamp: FileStamp, verify: bool) -> None:
             f"{path}: {size} bytes, but the manifest says {stamp.bytes}. The file is cut or was changed: "
             f"prepare the data again, or copy it again."
         )
-    if found is not None and found != stamp:
+    if found is not None and not found.matches(stamp):
+        where = stamp.first_damage(found)
         raise DataError(
-            f"{path}: its hash is {found.xxh3_128}, but the manifest says {stamp.xxh3_128}. The file was changed "
+            f"{path}: its hash is {found.xxh3_128}, but the manifest says {stamp.xxh3_128}"
+            f"{f'; {where} differs' if where else ''}. The file was changed "
             f"or damaged: prepare the data again, or copy it again."
         )

@@ -103,14 +103,7 @@ class Engine:
             output = self.wrapped(*batch.inputs(jitter))
             here = self._losses(output, batch, totals)
             self.wrapped.backward(here.total * (self.ranks.world_size * len(batches)))
-            parts = (
-                here.cross_entropy,
-                here.load_balancing,
-                here.router_z,
-                here.further,
-                here.total.detach(),
-            )
-            sums += torch.stack(parts)
+            sums += here.terms()
             load_here = loss.local_load(output)
             load = load_here if load is None or load_here is None else load + load_here
             if observe and output.records:
@@ -119,9 +112,8 @@ class Engine:
                 if self.run.parallel.zero_stage == 0:
                     norm = clip_gradients(self.model, self.ranks, self.run.train.optimizer.gradient_clipping)
                 if self._gate is not None:
-                    reduced = self._reduced(
-                        sums, load, sample
-                    )  # already now, since its loss may shut the gate
+                    # Already now, since its loss may shut the gate.
+                    reduced = self._reduced(sums, load, sample)
                     self._gate.ask(partial(self._may_update, guard, reduced[0], norm))
                 elif norm is not None:
                     self._refuse_divergence(step, norm)

@@ -140,7 +140,8 @@ def _places(move: Move, stock: "Mapping[str, torch.nn.Parameter]") -> Iterator[_
         if disk not in stock or tuple(stock[disk].shape) != move.disk_shape:
             raise _homeless(move)
         below, module = disk.removeprefix(_layer_of(disk)), disk.removesuffix(".weight")
-        is_module = ".attention." in move.ours
+        # peft takes a module of this name for an expert's, whose gate and up it fuses.
+        is_module = ".attention." in move.ours and not module.endswith(".gate_proj")
         target = below.removesuffix(".weight") if is_module else below
         yield _Place(move.ours, target, is_module, module, rows)
 
@@ -149,6 +150,8 @@ def _rows(move: Move) -> "Iterator[tuple[str, torch.Tensor]]":
     """(disk name, which rows of ours it has); raises `ExportError` unless conversion only deals out rows."""
     import torch
 
+    if move.part[1] > 1:  # one matrix of theirs, two adapters of ours
+        raise _homeless(move)
     rows, columns = move.piece_shape
     row_FD = torch.arange(rows, dtype=torch.float32).unsqueeze(1).expand(rows, columns).contiguous()
     column_FD = torch.arange(columns, dtype=torch.float32).expand(rows, columns).contiguous()

@@ -270,11 +270,11 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             "lm_head_bias": "head_bias",
         },
         parts=(
-            rope(scaled=False),
+            rope(kinds=("longrope",)),
             biases("attention_bias"),
             UNIFORM_WINDOW,
             heads(fill=True),
-        ),  # scaled, stock code wants longrope's keys
+        ),
         constants=_CONSTANTS,
     ),
     Family(
@@ -430,7 +430,7 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
         "glm4_moe_lite",
         "Glm4MoeLiteForCausalLM",
         needs={**_SIGMOID, "attention.latent": SET, "moe.shared_expert_intermediate_size": SET},
-        names=(*_LATENT, *_DEEPSEEK_FFN, _CORRECTION),
+        names=(*_LATENT, *_DEEPSEEK_FFN, _CORRECTION, *names.PREDICTION),
         settings={
             **_MLA,
             **{key: path for key, path in _DEEPSEEK.items() if key != "first_k_dense_replace"},
@@ -443,6 +443,7 @@ SPARSE_FAMILIES: tuple[Family, ...] = (
             shared_experts("n_shared_experts", "moe_intermediate_size", required=True),
             KV_HEADS,
             MLP_TYPES,
+            PREDICTION_DEPTH,
         ),
         constants={**_CONSTANTS, "pretraining_tp": 1, "rope_interleave": True},
     ),

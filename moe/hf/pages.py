@@ -7,8 +7,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-from moe import recipe
-from moe.config import ModelConfig, RunConfig
+from moe.config import ModelConfig
 from moe.errors import ExportError
 from moe.hf.family import Family, setting
 
@@ -94,64 +93,6 @@ def generation_page(tokens: SpecialTokens) -> dict[str, Any]:
     """generation_config.json: the special tokens; padding falls back on the end of text."""
     padding = tokens.eos_token_id if tokens.pad_token_id is None else tokens.pad_token_id
     return {**asdict(tokens), "pad_token_id": padding, "transformers_version": version("transformers")}
-
-
-def card(family: Family, run: RunConfig, step: int, dtype: Dtype, certified: str = "") -> str:
-    """README.md: what the model is, what it was trained on and how, and how to load it.
-
-    `certified`: what the run's certificate says; empty without one.
-    """
-    from moe.model.count import count
-
-    counted = count(run.model, run.data.sequence_length)
-    batch = run.train.global_batch_size * run.data.sequence_length
-    rows = {
-        "architecture": f"`{family.architecture}`",
-        "parameters": f"{counted.total_parameters:,}",
-        "layers, width": f"{run.model.num_layers}, {run.model.hidden_size}",
-        "training": f"{step:,} steps, {step * batch:,} tokens ({batch:,} a step)",
-        "weights": TORCH_NAMES[dtype],
-    }
-    if (moe := run.model.moe) is not None:
-        rows["experts"] = (
-            f"{moe.num_experts} in each of {len(run.model.sparse_layers)} layers, {moe.top_k} a token"
-        )
-    if certified:
-        rows["certificate"] = certified
-    # The data folder's place on somebody's disk is nobody else's business.
-    public = run.model_copy(
-        update={"run_dir": None, "data": run.data.model_copy(update={"path": Path(run.data.path).name})}
-    )
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return _CARD.format(name=run.name, table=table, recipe=recipe.dump(public).rstrip())
-
-
-_CARD = """\
----
-library_name: transformers
-pipeline_tag: text-generation
----
-# {name}
-
-Trained from random weights with turnout.
-
-| | |
-|---|---|
-{table}
-
-```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-model = AutoModelForCausalLM.from_pretrained("PATH")
-tokenizer = AutoTokenizer.from_pretrained("PATH")
-```
-
-## Recipe
-
-```yaml
-{recipe}
-```
-"""
 
 
 def _text(token: Any) -> str | None:

@@ -1,6 +1,6 @@
 """Rotary embedding: our switches <-> `rope_parameters` of `transformers` 5, and the older spelling beside it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from moe.config import ModelConfig
@@ -17,13 +17,27 @@ _YARN = {
 }
 _LLAMA = {"low_freq_factor": "low_frequency_factor", "high_freq_factor": "high_frequency_factor"}
 _ORIGINAL = {"original_max_position_embeddings": "original_max_sequence_length"}
-_KEYS = {"linear": {}, "llama3": {**_ORIGINAL, **_LLAMA}, "yarn": {**_ORIGINAL, **_YARN}}
+_LONG = {
+    "short_factor": "short_factors",
+    "long_factor": "long_factors",
+    "short_mscale": "short_mscale",
+    "long_mscale": "long_mscale",
+}
+_KEYS = {
+    "linear": {},
+    "llama3": {**_ORIGINAL, **_LLAMA},
+    "yarn": {**_ORIGINAL, **_YARN},
+    "longrope": {**_ORIGINAL, **_LONG},
+}
 """Kind of scaling -> their key -> ours."""
 _THETA, _SCALING, _FRACTION = "attention.rope_theta", "attention.rope_scaling", "attention.rope_fraction"
 
 
-def rope(*, partial: bool = False, rotary_dim: bool = False, scaled: bool = True) -> Part:
-    """Base and, where stock code knows them, scaling and the share of a head that is rotated.
+USUAL = ("linear", "llama3", "yarn")
+
+
+def rope(*, partial: bool = False, rotary_dim: bool = False, kinds: Sequence[str] = USUAL) -> Part:
+    """Base, and where stock code knows them, `kinds` of scaling and the share of a head that is rotated.
 
     4.x reads `rope_theta` and `rope_scaling` and, without them, silently takes its own defaults.
     """
@@ -50,22 +64,27 @@ def rope(*, partial: bool = False, rotary_dim: bool = False, scaled: bool = True
         elif fraction != 1:
             raise ValueError(f"partial_rotary_factor is {fraction}")
         found[_SCALING] = _read(kind, parameters, page["max_position_embeddings"])
-        if found[_SCALING] is not None and not scaled:
+        if found[_SCALING] is not None and kind not in kinds:
             raise ValueError(f"rope_type is {kind}")
         return found
 
+    def lacking(model: ModelConfig) -> list[str]:
+        scaling = model.attention.rope_scaling
+        return [] if scaling is None or scaling.kind in kinds else [f"model.{_SCALING}=null"]
+
     keys = {"rope_parameters", "rope_theta", "rope_scaling", "partial_rotary_factor"}
-    paths = {_THETA} | ({_SCALING} if scaled else set()) | ({_FRACTION} if partial else set())
-    return Part(frozenset(keys | ({"rotary_dim"} if rotary_dim else set())), frozenset(paths), write, read)
+    paths = {_THETA, _SCALING} | ({_FRACTION} if partial else set())
+    keys |= {"rotary_dim"} if rotary_dim else set()
+    return Part(frozenset(keys), frozenset(paths), write, read, lacking)
 
 
 def _written(scaling: RopeScaling | None) -> dict[str, Any] | None:
     if scaling is None:
         return None
-    page = {"rope_type": scaling.kind, "factor": scaling.factor}
+    page: dict[str, Any] = {"rope_type": scaling.kind, "factor": scaling.factor}
     for theirs, ours in _KEYS[scaling.kind].items():
         if (value := getattr(scaling, ours)) is not None:
-            page[theirs] = value
+            page[theirs] = list(value) if isinstance(value, tuple) else value
     return page
 
 
@@ -85,7 +104,7 @@ def _read(kind: str, parameters: dict[str, Any], length: int) -> dict[str, Any] 
     found = {ours: parameters[theirs] for theirs, ours in known.items() if parameters.get(theirs) is not None}
     for ours, value in found.items():
         if ours not in ("truncate", "original_max_sequence_length"):
-            found[ours] = float(value)
+            found[ours] = [float(one) for one in value] if isinstance(value, list) else float(value)
     if not (found.get("mscale") and found.get("mscale_all_dim")):
         found.pop("mscale", None)  # stock code wants both, or takes neither
     return {"kind": kind, "factor": float(factor), **found}

@@ -234,7 +234,8 @@ PREDICTION_DEPTH = Part(
     keys=frozenset({"num_nextn_predict_layers"}),
     paths=frozenset({"prediction_depth"}),
     write=lambda model: {"num_nextn_predict_layers": model.prediction_depth},
-    read=lambda page: {"prediction_depth": page["num_nextn_predict_layers"] or 0},
+    # Not all stock code knows the key, although the weights are released with modules (GLM-4.7-Flash).
+    read=lambda page: {"prediction_depth": page.get("num_nextn_predict_layers") or 0},
 )
 """Prediction modules (DeepSeek-V3)."""
 

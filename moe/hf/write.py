@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING
 
 from moe.config import ModelConfig, RunConfig
 from moe.errors import ConfigError, ExportError
+from moe.hf.card import Facts, card
 from moe.hf.convert import Move, check_names, disk_tensors, moves
 from moe.hf.family import Family
 from moe.hf.match import family_of
-from moe.hf.pages import TORCH_NAMES, Dtype, card, config_page, generation_page, special_tokens
+from moe.hf.pages import TORCH_NAMES, Dtype, config_page, generation_page, special_tokens
 from moe.hf.stream import write_tensors
 
 if TYPE_CHECKING:
@@ -83,9 +84,9 @@ def write(
     *,
     dtype: Dtype = "fp32",
     max_shard_size: int = 5 * 10**9,
-    certified: str = "",
+    facts: Facts | None = None,
 ) -> Written:
-    """`write_model` for a run's saved `step`, with a card that states its recipe and what its certificate says."""
+    """`write_model` for a run's saved `step`, with a card that states its recipe and `facts`."""
     balance = run.balance
     return write_model(
         folder,
@@ -93,7 +94,7 @@ def write(
         names,
         read,
         tokenizer,
-        card(family_of(run.model), run, step, dtype, certified),
+        card(family_of(run.model), run, step, dtype, facts or Facts()),
         dtype=dtype,
         max_shard_size=max_shard_size,
         load_balancing_weight=balance.sequence_loss_weight

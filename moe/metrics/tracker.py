@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from moe import log
+from moe.attempt import check_owner
 from moe.config import RunConfig
 from moe.errors import ConfigError, TrainingError
 
@@ -47,6 +48,7 @@ class Tracker:
         if not speaks:
             yield None
             return
+        check_owner(run.folder)
         before = _drop_after(run.folder / "metrics.jsonl", step)
         board = _tensorboard(run) if run.logging.tensorboard else None
         console = Console(stderr=True)
@@ -128,6 +130,7 @@ class Tracker:
         self._append({"step": error.step, "stopped": str(error)})
 
     def _append(self, record: Record) -> None:
+        check_owner(self._path.parent)
         with self._path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(record) + "\n")
         if self._board is not None:

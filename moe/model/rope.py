@@ -41,15 +41,19 @@ def rotation(
     pairs = torch.arange(0, width, 2, dtype=torch.int64, device=device).float()
     frequency_p = 1.0 / (theta ** (pairs / width))
     if scaling is not None:
-        frequency_p = _stretched(frequency_p, width, theta, scaling)
+        frequency_p = _stretched(frequency_p, width, theta, scaling, length)
     position_S = torch.arange(length, device=device).float()
     angle_Sr = torch.outer(position_S, frequency_p).repeat(1, 2)
-    factor = attention_factor(scaling)
+    factor = attention_factor(scaling, length)
     return Rotation(angle_Sr.cos() * factor, angle_Sr.sin() * factor)
 
 
-def attention_factor(scaling: RopeScaling | None) -> float:
-    """What yarn multiplies cosine and sine by (arXiv:2309.00071, section 3.4); 1 without it."""
+def attention_factor(scaling: RopeScaling | None, length: int) -> float:
+    """What yarn (arXiv:2309.00071, section 3.4) and longrope multiply cosine and sine by; 1 without them."""
+    if scaling is not None and scaling.kind == "longrope":
+        found = scaling.long_mscale if _is_long(scaling, length) else scaling.short_mscale
+        assert found is not None, "checked by moe.config.shape"
+        return found
     if scaling is None or scaling.kind != "yarn":
         return 1.0
     if scaling.attention_factor is not None:
@@ -70,7 +74,15 @@ def _grown(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def _stretched(frequency_p: Tensor, width: int, theta: float, scaling: RopeScaling) -> Tensor:
+def _is_long(scaling: RopeScaling, length: int) -> bool:
+    assert scaling.original_max_sequence_length is not None, "checked by moe.config.shape"
+    return length > scaling.original_max_sequence_length
+
+
+def _stretched(frequency_p: Tensor, width: int, theta: float, scaling: RopeScaling, length: int) -> Tensor:
+    if scaling.kind == "longrope":
+        factors = scaling.long_factors if _is_long(scaling, length) else scaling.short_factors
+        return frequency_p / torch.tensor(factors, device=frequency_p.device)
     if scaling.kind == "linear":
         return frequency_p / scaling.factor
     assert scaling.original_max_sequence_length is not None, "checked by moe.config.shape"

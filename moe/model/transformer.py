@@ -99,9 +99,9 @@ class Transformer(nn.Module):
             return logits_BSV
         cross_entropy, further = self.head(h_BSD, labels_BS, mask_BS), None
         if self.training and len(self.predictions):
-            next_BS = torch.cat((input_ids_BS[:, 1:], labels_BS[:, -1:].clamp(min=0)), dim=1)
-            if documents is not None:
-                next_BS = torch.where(documents.same_BS, next_BS, labels_BS.clamp(min=0))
+            # Labels are the tokens that follow, where they are predicted; elsewhere the input has them.
+            next_BS = torch.where(labels_BS < 0, ahead(input_ids_BS, documents), labels_BS)
+            next_BS = next_BS if mask_BS is None else next_BS * mask_BS
             further, more = self._foretell(h_BSD, turn, next_BS, labels_BS, mask_BS, jitter, documents)
             records += more
         return ModelOutput(cross_entropy, tuple(r for r in records if r is not None), further)

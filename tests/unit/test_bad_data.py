@@ -284,7 +284,7 @@ def test_a_full_disk_leaves_nothing_behind(
     def full(*args: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(splits.PairWriter, "add", full)
+    monkeypatch.setattr(splits.PairWriter, "add_many", full)
     result = run(tmp_path, _recipe(tmp_path, yard))
     refused(result, "writing failed (No space left on device)", "Check the disk")
     assert [path.name for path in tmp_path.iterdir()] == ["recipe.yaml"]

@@ -37,7 +37,7 @@ def run(*options: str) -> Any:
 
 
 @pytest.mark.parametrize("routing", ["real", "forced"])
-@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize("dtype", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_every_contender_solves_the_same_problem(dtype: str, routing: str, tmp_path: Path) -> None:
     path = tmp_path / "layer.json"
     done = run("--dtype", dtype, "--routing", routing, "--json", str(path))

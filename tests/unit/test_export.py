@@ -17,12 +17,14 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from moe.config import ModelConfig
 from moe.errors import CheckpointError, ConfigError, ExportError
 from moe.hf import compare
+from moe.hf.card import Facts
 from moe.hf.convert import disk_tensors, moves
 from moe.hf.load import from_folder, from_run
 from moe.hf.match import family_of
 from moe.hf.pages import Dtype
 from moe.hf.verify import TOLERANCE, Comparison, our_logits, save_reference, verify
 from moe.hf.write import Written, new_folder, parse_size, write, write_model
+from moe.metrics.evaluation import Evaluation
 from tests.stock import CASES, Saved, saved, write_tokenizer
 
 ALL = pytest.mark.parametrize("config", [config for _, config in CASES.values()], ids=CASES)
@@ -213,8 +215,12 @@ def test_the_folder_says_what_it_is(tmp_path: Path, tokenizer: Path) -> None:
     assert "Qwen3MoeForCausalLM" in card
     assert "/secret/place" not in card
     assert "certificate" not in card
-    export(saved(config), tmp_path / "certified", tokenizer, certified="5 of 5 trainings")
-    assert "| certificate | 5 of 5 trainings |" in (tmp_path / "certified/README.md").read_text()
+    facts = Facts("4f2e", Evaluation(10, 1.25, 2.5), "5 of 5 trainings")
+    export(saved(config), tmp_path / "certified", tokenizer, facts=facts)
+    card = (tmp_path / "certified/README.md").read_text()
+    assert "| certificate | 5 of 5 trainings |" in card
+    assert "| data | `corpus`, manifest `4f2e` |" in card
+    assert "| evaluation | 2.5000 bits per byte, 1.2500 nats per token held out, at step 10 |" in card
 
 
 def test_all_files_are_readable_by_those_the_umask_allows(tmp_path: Path, tokenizer: Path) -> None:

@@ -50,6 +50,7 @@ def test_every_package_is_in_the_layer_contract() -> None:
     assert {f"moe.{name}" for name in top - {"__init__"}} - named == set()
 
 
+@pytest.mark.slow  # collecting imports everything
 def test_no_test_file_is_passed_over() -> None:
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", ""],

@@ -254,8 +254,8 @@ def test_a_native_folder_that_is_not_whole_is_refused(copied: Path) -> None:
             open_weights(copied)
         save_file(tensors, file, {"format": "pt"})
 
-    refused(f"lacks {key}", {k: t for k, t in tensors.items() if k != key})
-    refused("holds stray", {**tensors, "stray": torch.zeros(2)})
+    refused(f"says that {key} is in", {k: t for k, t in tensors.items() if k != key})
+    refused("stray", {**tensors, "stray": torch.zeros(2)})
     refused(f"{key} has shape", {**tensors, key: tensors[key][:-1].clone()})
     for change, words in (
         ({"version": 2}, "reads 1"),

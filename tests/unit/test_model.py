@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe.config import AttentionConfig, ModelConfig, MoEConfig
+from moe.config.attention import RopeScaling
 from moe.model import ModelOutput, Transformer, count, initialize, kept_by_experts
 from moe.model import head as heads
 from moe.model.head import Head
+from moe.model.rope import rotation
 from moe.sparse import ExpertLayout
 
 
@@ -55,6 +57,43 @@ VARIANTS = {
     },
     "dense": {"intermediate_size": 24, "moe": None},
     "tied": {"tie_embeddings": True},
+    "latent, predicting, LayerNorm around": {
+        "norm": "layer",
+        "norm_placement": "sandwich",
+        "head_bias": True,
+        "prediction_depth": 2,
+        "attention": AttentionConfig.model_validate(
+            {
+                "num_heads": 4,
+                "qk_norm": "none",
+                "qkv_bias": True,
+                "output_bias": True,
+                "output_gate": True,
+                "sinks": True,
+                "latent": {
+                    "kv_rank": 6,
+                    "query_rank": 10,
+                    "nope_head_dim": 4,
+                    "rope_head_dim": 4,
+                    "value_head_dim": 6,
+                },
+            }
+        ),
+    },
+    "windows, full norm": {
+        "attention": AttentionConfig(
+            num_heads=4,
+            num_kv_heads=2,
+            qk_norm="full",
+            sliding_window=5,
+            window_layers=(1,),
+            rope_fraction=0.5,
+        ),
+        "moe": MoEConfig(
+            num_experts=4, top_k=2, expert_intermediate_size=8, router_bias=True, dense_layers=(1,)
+        ),
+        "intermediate_size": 24,
+    },
     "wide heads": {"attention": AttentionConfig(num_heads=2, head_dim=10)},
 }
 
@@ -85,6 +124,26 @@ def test_counts_are_those_of_the_built_model(config: ModelConfig) -> None:
     assert counted.active_parameters == counted.total_parameters - inactive
 
 
+def test_longrope_divides_each_frequency_by_the_numbers_for_the_length() -> None:
+    """Against its formula: stock 5.23 takes the short factors whatever the length for Phi-3.5-MoE."""
+    scaling = RopeScaling(
+        kind="longrope",
+        factor=2.0,
+        original_max_sequence_length=6,
+        short_factors=(1.0, 1.5),
+        long_factors=(2.0, 8.0),
+        short_mscale=1.1,
+        long_mscale=1.3,
+    )
+    for length, factors, mscale in ((6, (1.0, 1.5), 1.1), (7, (2.0, 8.0), 1.3)):
+        angle_Sp = torch.arange(length).unsqueeze(1) / torch.tensor(
+            [factors[0] * 100.0 ** (0 / 4), factors[1] * 100.0 ** (2 / 4)]
+        )
+        turn = rotation(length, 4, 100.0, torch.device("cpu"), scaling)
+        torch.testing.assert_close(turn.cos_Sr, angle_Sp.cos().repeat(1, 2) * mscale)
+        torch.testing.assert_close(turn.sin_Sr, angle_Sp.sin().repeat(1, 2) * mscale)
+
+
 def test_flops_of_published_models_are_reproduced() -> None:
     """Qwen3-30B-A3B and 235B-A22B at 4096 tokens: 23.08 and 148.3 GFLOP a token (published: 23.0, 147.8-148.2)."""
     small = ModelConfig(
@@ -105,6 +164,37 @@ def test_flops_of_published_models_are_reproduced() -> None:
     assert count(large, 4096).flops_per_token / 1e9 == pytest.approx(148.3, abs=0.2)
     assert count(small, 4096).total_parameters / 1e9 == pytest.approx(30.5, abs=0.1)
     assert count(small, 4096).active_parameters / 1e9 == pytest.approx(3.35, abs=0.05)
+
+
+def test_deepseek_v3_is_counted_with_its_latents_and_its_prediction_module() -> None:
+    """250.5 GFLOP a token, 260.6 with one prediction module (published: 249.5-249.7, 259.8-260.6)."""
+    latent = {
+        "kv_rank": 512,
+        "query_rank": 1536,
+        "nope_head_dim": 128,
+        "rope_head_dim": 64,
+        "value_head_dim": 128,
+    }
+    page = {
+        "vocab_size": 129280,
+        "hidden_size": 7168,
+        "num_layers": 61,
+        "intermediate_size": 18432,
+        "attention": {"num_heads": 128, "qk_norm": "none", "latent": latent},
+        "moe": {
+            "num_experts": 256,
+            "top_k": 8,
+            "expert_intermediate_size": 2048,
+            "first_k_dense": 3,
+            "shared_expert_intermediate_size": 2048,
+        },
+    }
+    counted = count(ModelConfig.model_validate(page), 4096)
+    assert counted.total_parameters / 1e9 == pytest.approx(671, abs=0.5)
+    assert counted.active_parameters / 1e9 == pytest.approx(37.5, abs=0.5)
+    assert counted.flops_per_token / 1e9 == pytest.approx(250.5, abs=0.1)
+    further = count(ModelConfig.model_validate({**page, "prediction_depth": 1}), 4096)
+    assert further.flops_per_token / 1e9 == pytest.approx(260.6, abs=0.1)
 
 
 @settings(max_examples=30, deadline=None)
@@ -162,7 +252,8 @@ def test_recomputation_changes_no_bit_and_counts_once(config: ModelConfig) -> No
         output = model(ids, labels, mask)
         assert isinstance(output, ModelOutput)
         aux = sum((r.log_sum_exp_T.square().sum() for r in output.records), torch.zeros(()))
-        (output.cross_entropy + aux).backward()
+        further = 0.0 if output.further is None else output.further
+        (output.cross_entropy + aux + further).backward()
         grads.append({name: p.grad for name, p in model.named_parameters()})
         counts.append([r.counts_E.tolist() for r in output.records])
     assert counts[0] == counts[1] == counts[2]

@@ -282,6 +282,6 @@ def test_a_killed_run_leaves_no_data_and_the_next_one_works(tmp_path: Path) -> N
     assert not unfinished.exists()
 
 
-@pytest.mark.parametrize("name", ["stdlib", "files", "hub"])
+@pytest.mark.parametrize("name", ["stdlib", "files", "hub", "web"])
 def test_the_recipes_we_ship_are_sound(name: str) -> None:
     assert load(DataRecipe, CONFIGS / f"{name}.yaml").folder.parent == Path("data")

@@ -1,6 +1,7 @@
 """Models that stock code made, of every row of the table: in, the same function, and out again, bit for bit."""
 
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -19,8 +20,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 from moe.hf.convert import disk_tensors, moves
 from moe.hf.families import FAMILIES
 from moe.hf.folder import HFFolder
+from moe.hf.verify import Comparison, save_reference
 from moe.hf.write import new_folder, write_model
 from moe.model import Transformer
+from tests.elsewhere import read_all
 from tests.stock import write_tokenizer
 from tests.stock_configs import CASES, StockCase, stock_folder
 
@@ -183,3 +186,40 @@ def test_what_is_exported_is_what_was_imported_bit_for_bit(
     assert (again.family, again.model) == (pair.folder.family, pair.folder.model)
     with torch.inference_mode():
         assert torch.equal(loaded(path)(input_ids=ids()).logits, pair.stock(input_ids=ids()).logits)
+
+
+def test_a_fresh_process_finds_an_export_of_every_architecture_equal(tmp_path: Path, tokenizer: Path) -> None:
+    last = {case.model_type: name for name, case in CASES.items() if not case.slow}
+    folders = {name: tmp_path / f"case{number}" for number, name in enumerate(last.values())}
+    for name, path in folders.items():
+        stock_folder(CASES[name], path.with_suffix(".source"))
+        folder = HFFolder.open(path.with_suffix(".source"))
+        export(folder, path, tokenizer)
+        save_reference(path.with_suffix(".safetensors"), folder.model, folder.pieces, "fp32")
+    found = {name: result["comparison"] for name, result in read_all(Path(sys.executable), folders).items()}
+    assert not {name: result for name, result in found.items() if not Comparison(**result).equal}
+
+
+@pytest.mark.parametrize("name", ["mixtral", "deepseek_v3", "gpt_oss, yarn", "granitemoeshared", "afmoe"])
+def test_bfloat16_and_several_files_stay_as_they_are(name: str, tmp_path: Path, tokenizer: Path) -> None:
+    stock = stock_folder(CASES[name], tmp_path / "first")
+    # Stock code keeps selection biases float32 where it loads, and so saves them.
+    kept = {key: buffer.clone() for key, buffer in stock.named_buffers() if key.endswith("bias")}
+    kept |= {
+        key: value.data.clone() for key, value in stock.named_parameters() if key.endswith("expert_bias")
+    }
+    stock.to(torch.bfloat16)
+    for key, tensor in dict(chain(stock.named_buffers(), stock.named_parameters())).items():
+        if key in kept:
+            tensor.data = kept[key]
+    stock.save_pretrained(tmp_path / "model", max_shard_size="20KB")
+    folder = HFFolder.open(tmp_path / "model")
+    path = export(folder, tmp_path / "export", tokenizer, dtype="bf16", max_shard_size=20_000)
+    before, after = saved(folder.path), saved(path)
+    assert len(list(folder.path.glob("*.safetensors"))) > 2
+    assert len(list(path.glob("*.safetensors"))) > 2
+    assert sorted(before) == sorted(after)
+    assert {key: tensor.dtype for key, tensor in before.items()} == {
+        key: tensor.dtype for key, tensor in after.items()
+    }
+    assert not [key for key in before if not torch.equal(before[key], after[key])]

@@ -25,7 +25,7 @@ from tests.unit.test_stock_families import GRADIENTS, LOGITS, export, far, ids, 
 BLOCKS = "mtp_block."
 NAMES = {"post_norm.weight": "shared_head.norm.weight"}
 COPIES = {"embed_tokens.weight": "model.embed_tokens.weight", "shared_head.head.weight": "lm_head.weight"}
-MODELS = ["deepseek_v3", "glm4_moe", "glm4_moe, groups biased", "deepseek_v3, yarn"]
+MODELS = ["deepseek_v3", "glm4_moe", "glm4_moe, groups biased", "glm4_moe_lite", "deepseek_v3, yarn"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -36,13 +36,17 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def with_modules(name: str, folder: Path, depth: int = 1, *, copies: bool = True) -> tuple[Any, Any]:
+def with_modules(
+    name: str, folder: Path, depth: int = 1, *, copies: bool = True, **changes: Any
+) -> tuple[Any, Any]:
     """A stock model and its prediction modules, saved as released weights are: numbered on behind the layers."""
     from transformers.modeling_layers import MtpModel
 
     case = CASES[name]
-    case = StockCase(case.model_type, {**case.settings, "num_nextn_predict_layers": depth})
+    case = StockCase(case.model_type, {**case.settings, "num_nextn_predict_layers": depth, **changes})
     main = stock_folder(case, folder)
+    # Where stock code does not know of them, it still has all that they are made of.
+    main.config.num_mtp_layers, main.config.mtp_mlp_layer_types = depth, ["sparse"] * depth
     modules = MtpModel(main, depth).eval()
     fill(modules.layers, seed=1)
     weights = load_file(folder / "model.safetensors")
@@ -113,7 +117,7 @@ def test_modules_give_the_hidden_states_and_logits_of_stock_code(
 
 
 @pytest.mark.parametrize("depth", [1, 2])
-@pytest.mark.parametrize("name", MODELS[:3])
+@pytest.mark.parametrize("name", MODELS[:4])
 def test_modules_come_out_bit_for_bit(name: str, depth: int, tmp_path: Path) -> None:
     with_modules(name, tmp_path / "model", depth)
     folder = HFFolder.open(tmp_path / "model")
@@ -159,6 +163,27 @@ def test_stock_code_loads_what_is_exported_with_modules(tmp_path: Path) -> None:
     assert all(key.startswith("model.layers.3.") for key in loading["unexpected_keys"])
     with torch.inference_mode():
         assert far(again(input_ids=ids()).logits, main(input_ids=ids()).logits) < LOGITS
+
+
+@pytest.mark.parametrize(("name", "layers"), [("deepseek_v3", 61), ("glm4_moe", 46)])
+def test_stock_code_loads_the_modules_of_an_export(name: str, layers: int, tmp_path: Path) -> None:
+    """It finds them by the number that they have in the released models, so the model has as many layers."""
+    from transformers import AutoModelForCausalLM
+    from transformers.modeling_layers import MtpModel
+
+    deep = {"num_hidden_layers": layers, "first_k_dense_replace": layers - 1}
+    main, modules = with_modules(name, tmp_path / "model", **deep)
+    folder = HFFolder.open(tmp_path / "model")
+    path = export(folder, tmp_path / "export", write_tokenizer(tmp_path / "tokenizer"))
+    again = AutoModelForCausalLM.from_pretrained(
+        path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager"
+    ).eval()
+    modules_again = MtpModel.from_pretrained(again).eval()
+    with torch.no_grad():
+        (expected,), (found,) = (
+            stock_states(*pair, ids(17)) for pair in ((main, modules), (again, modules_again))
+        )
+    assert far(found, expected) < LOGITS
 
 
 def test_the_gradient_of_the_further_loss_reaches_embedding_body_and_head(tmp_path: Path) -> None:

@@ -1,0 +1,261 @@
+"""Preparation beside its peers: encoding and near duplicates, interleaved, each in a process of its own.
+
+`python -m data_prep.bench encode --megabytes 200 --json encode.json`. The text is the .py, .md, .rst and .txt files of
+the installed packages, or of --text; every contender sees it once a run, since caches flatter what is read twice. Slow
+contenders get a tenth of it. Megabytes are 10^6 bytes of UTF-8; CPU seconds are those of all processes together.
+"""
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from data_prep import peers, vocabulary
+from data_prep.documents import Document, Source, from_bytes
+from data_prep.recipe import BpeTokenizer
+from moe import log
+from moe.errors import DataError, clean_exit
+
+_KINDS = {".py", ".md", ".rst", ".txt"}
+_SLOW_SHARE = 10
+_LIBRARIES = ("gigatoken", "tokenizers", "datasets", "datatrove", "rensa", "spacy", "pyarrow", "numpy")
+
+
+@dataclass(frozen=True)
+class Contender:
+    """A way to do it: `run(files, tokenizer, folder, workers)`; `needs` names the packages that it takes."""
+
+    run: Callable[[Sequence[Path], Path, Path, int], None]
+    needs: tuple[str, ...] = ()
+    is_slow: bool = False
+
+
+def _turnout(files: Sequence[Path], tokenizer: Path, folder: Path, workers: int) -> None:
+    """The whole road of a recipe, as `turnout prepare` goes it."""
+    from data_prep import staged
+    from data_prep.recipe import DataRecipe
+
+    page = {
+        "name": "bench",
+        "output": str(folder / "data"),
+        "sources": [{"type": "jsonl", "paths": [str(path) for path in files]}],
+        "tokenizer": {"type": "file", "path": str(tokenizer)},
+        "executor": {"workers": workers},
+        "part_megabytes": 16,
+    }
+    staged.prepare(DataRecipe.model_validate(page), staged.Asked())
+
+
+ENCODE = {
+    "turnout prepare, in stages": Contender(_turnout, ("gigatoken",)),
+    "raw loop, gigatoken": Contender(peers.raw_fast, ("gigatoken",)),
+    "raw loop, encode_batch_fast": Contender(peers.raw_reference, (), is_slow=True),
+    "datasets.map": Contender(peers.datasets_map, ("datasets",), is_slow=True),
+    "datatrove, DocumentTokenizer": Contender(peers.datatrove_tokens, ("datatrove", "orjson"), is_slow=True),
+}
+NEAR = {
+    "turnout, marks": Contender(peers.marks, ("rensa",)),
+    "datatrove, signatures, words of spaCy (its default)": Contender(
+        peers.datatrove_signatures, ("datatrove", "orjson", "spacy"), is_slow=True
+    ),
+    "datatrove, signatures, our words": Contender(
+        peers.datatrove_signatures_fast, ("datatrove", "orjson"), is_slow=True
+    ),
+}
+
+
+@click.group()
+def command() -> None:
+    """Measure preparation beside its peers."""
+
+
+def _options(function: Any) -> Any:
+    for option in (
+        click.option("--megabytes", type=click.IntRange(1), default=100, show_default=True),
+        click.option("--rounds", type=click.IntRange(1), default=3, show_default=True),
+        click.option("--workers", type=click.IntRange(1), default=2, show_default=True),
+        click.option("--text", type=click.Path(path_type=Path), help="A folder of text instead."),
+        click.option("--json", "page", type=click.Path(path_type=Path), help="Write the figures here too."),
+    ):
+        function = option(function)
+    return function
+
+
+@command.command()
+@_options
+def encode(**options: Any) -> None:
+    """JSON lines on the disk to files of tokens."""
+    _bench(ENCODE, **options)
+
+
+@command.command()
+@_options
+def near(**options: Any) -> None:
+    """Documents to the signatures by which near duplicates are found."""
+    _bench(NEAR, **options)
+
+
+@command.command(hidden=True)
+@click.argument("name")
+@click.argument("tokenizer", type=click.Path(path_type=Path))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.argument("workers", type=int)
+@click.argument("files", nargs=-1, type=click.Path(path_type=Path))
+def one(name: str, tokenizer: Path, folder: Path, workers: int, files: tuple[Path, ...]) -> None:
+    """Run one contender and print its seconds."""
+    began = time.perf_counter()
+    with clean_exit():
+        {**ENCODE, **NEAR}[name].run(files, tokenizer, folder, workers)
+    wall = time.perf_counter() - began
+    uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    figures = {
+        "wall": wall,
+        "cpu": sum(use.ru_utime + use.ru_stime for use in uses),
+        "megabytes of memory": max(use.ru_maxrss for use in uses) / 1024,
+    }
+    click.echo(json.dumps(figures))
+
+
+def _bench(
+    contenders: dict[str, Contender],
+    megabytes: int,
+    rounds: int,
+    workers: int,
+    text: Path | None,
+    page: Path | None,
+) -> None:
+    log.setup()
+    with clean_exit(), tempfile.TemporaryDirectory() as place:
+        files = _corpus(Path(place), text or Path(sysconfig.get_path("purelib")), megabytes, workers)
+        tokenizer = _tokenizer(Path(place), files)
+        here = {
+            name: contender
+            for name, contender in contenders.items()
+            if all(find_spec(package) for package in contender.needs)
+        }
+        runs: dict[str, list[dict[str, float]]] = {name: [] for name in here}
+        for number in range(rounds):
+            for name, contender in here.items():
+                mine = files[:workers] if contender.is_slow else files
+                found = _child(name, tokenizer, Path(place) / f"{number}-{len(runs[name])}", workers, mine)
+                size = sum(path.stat().st_size for path in _texts(mine)) / 1e6
+                runs[name].append({**found, "MB": size})
+                log.get().info("round %d, %s: %.1f MB in %.1f s", number + 1, name, size, found["wall"])
+    figures = {
+        "rows": {name: _medians(found) for name, found in runs.items()},
+        "left out": sorted(set(contenders) - set(here)),
+        "workers": workers,
+        "rounds": rounds,
+        "versions": {name: _version(name) for name in _LIBRARIES},
+        "cores": os.cpu_count(),
+        "load": os.getloadavg(),
+    }
+    _print(figures)
+    if page:
+        page.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
+    return {
+        "MB": runs[0]["MB"],
+        "MB/s": statistics.median(run["MB"] / run["wall"] for run in runs),
+        "MB per CPU second": statistics.median(run["MB"] / run["cpu"] for run in runs),
+        "megabytes of memory": statistics.median(run["megabytes of memory"] for run in runs),
+    }
+
+
+def _print(figures: dict[str, Any]) -> None:
+    table = Table("", "MB", "MB/s", "MB per CPU second", "memory, MB")
+    for name, row in figures["rows"].items():
+        table.add_row(name, *(f"{value:,.1f}" for value in row.values()))
+    console = Console(width=110)
+    console.print(table)
+    for name in figures["left out"]:
+        console.print(f"left out, since not installed: {name}")
+    console.print(", ".join(f"{name} {number}" for name, number in figures["versions"].items()))
+
+
+def _child(name: str, tokenizer: Path, folder: Path, workers: int, files: Sequence[Path]) -> dict[str, float]:
+    folder.mkdir(exist_ok=True)
+    quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "RAYON_NUM_THREADS": "1"}
+    arguments = map(str, (name, tokenizer, folder, workers, *files))
+    done = subprocess.run(
+        [sys.executable, "-m", "data_prep.bench", "one", *arguments],
+        env={**os.environ, **quiet, "HF_DATASETS_CACHE": str(folder / "cache")},
+        capture_output=True,
+        text=True,
+    )  # fmt: skip
+    if done.returncode:
+        raise DataError(f"{name} failed: {done.stderr[-1500:]}")
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def _corpus(place: Path, root: Path, megabytes: int, workers: int) -> list[Path]:
+    """JSON lines of equal text in ten files a worker; their texts beside them tell the size."""
+    count = workers * _SLOW_SHARE
+    files = [place / f"{number:02d}.jsonl" for number in range(count)]
+    sizes = [0] * count
+    pages = [path.open("w", encoding="utf-8") for path in files]
+    left = megabytes * 10**6
+    for text in _read(root):
+        number = sizes.index(min(sizes))
+        pages[number].write(json.dumps({"text": text.text}) + "\n")
+        sizes[number] += text.num_bytes
+        left -= text.num_bytes
+        if left <= 0:
+            break
+    for page, path, size in zip(pages, files, sizes, strict=True):
+        page.close()
+        with _texts([path])[0].open("wb") as file:
+            file.truncate(size)
+    if left > 0:
+        log.get().warning("%s holds only %d MB of text", root, megabytes - left // 10**6)
+    return files
+
+
+def _texts(files: Sequence[Path]) -> list[Path]:
+    return [path.with_suffix(".size") for path in files]
+
+
+def _read(root: Path) -> Iterator[Document]:
+    for path in sorted(root.rglob("*")):
+        if path.suffix in _KINDS and path.is_file():
+            found = from_bytes(path.read_bytes())
+            if isinstance(found, Document):
+                yield found
+
+
+def _tokenizer(place: Path, files: Sequence[Path]) -> Path:
+    """Of 32,000 tokens, trained on a part of the text."""
+    texts = (text for path in files for batch in peers.lines(path) for text in batch)
+    source = Source("sample", (), lambda: (Document(text, len(text.encode())) for text in texts))
+    config = BpeTokenizer(type="bpe", vocab_size=32_000, sample_megabytes=20, min_frequency=1)
+    vocabulary.train(config, [source]).save(place / "tokenizer")
+    return place / "tokenizer"
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+if __name__ == "__main__":
+    command()

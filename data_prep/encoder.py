@@ -1,0 +1,140 @@
+"""Texts as UTF-8 -> token ids end to end, by the fastest encoder that gives just what `tokenizers` gives.
+
+gigatoken knows certain split patterns and encodes those some thirty times as fast. It is taken only where it equals
+`tokenizers` on strings chosen to trip it, and a share of all that it encodes is encoded a second time and compared.
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+from tokenizers import Tokenizer
+
+from data_prep.vocabulary import Vocabulary
+from moe import log
+from moe.data.shards import token_dtype
+from moe.errors import DataError
+
+_SHARE = 512
+_LONGEST_CHECKED = 20_000
+_PROBES = (
+    " ",
+    "\n\n\n",
+    "  \t\t  \r\n x",
+    "I'LL don'T 'S it\u2019s a'sb",
+    "123456789012 \u00bd\u00b2\u00b3 \u0663\u0664 \u0967\u0968\u0969",
+    "e\u0301 \u00e9 \u017f \u212a \u01c5\u01c6 \u02b0 \u2177",
+    "\u65e5\u672c\u8a9e\u30c6\u30ad\u30b9\u30c8 \u4e2d\u6587 \ud55c\uad6d\uc5b4 \u0e44\u0e17\u0e22",
+    "\U0001f642\U0001f468\u200d\U0001f469\u200d\U0001f467 \U0010ffff \ud7ff",
+    "\x00\x01\x1c\x1d\x0b\x0c\x85\u2028\u200b\ufeff\u00a0\u3000\u180e x",
+    "a" * 3000,
+    " " * 3000,
+    "def f(x):\n\treturn {'a': [1, 2.5e-3], **x}  # https://example.org/?q=1&r=%20\n",
+    "<|endoftext|> <|pad|> </s> [UNK] <unk>",
+)
+
+
+@dataclass(frozen=True)
+class Ids:
+    """Documents end to end: `ids_N` in the shards' dtype, `lengths_D` tokens each, the end of each included."""
+
+    ids_N: npt.NDArray[Any]
+    lengths_D: npt.NDArray[np.int64]
+
+
+class Encoder:
+    """Encodes with `vocabulary`. With `fast`, by gigatoken if it is there and knows this tokenizer."""
+
+    def __init__(self, vocabulary: Vocabulary, *, fast: bool = True) -> None:
+        self.vocabulary = vocabulary
+        self._dtype = np.dtype(token_dtype(vocabulary.size))
+        self._eos_id = vocabulary.eos_id
+        self._fast = _gigatoken(vocabulary.tokenizer) if fast else None
+
+    @property
+    def name(self) -> str:
+        """The library that encodes."""
+        return "tokenizers" if self._fast is None else "gigatoken"
+
+    def encode(self, texts: Sequence[bytes]) -> Ids:
+        """Of UTF-8. Raises `DataError` if the fast encoder and `tokenizers` disagree on the share compared."""
+        if not texts:
+            return Ids(np.empty(0, self._dtype), np.empty(0, np.int64))
+        if self._fast is None:
+            return self._join(self._reference(texts))
+        flat_N, offsets_D = _encoded(self._fast, texts)
+        self._compare(texts, flat_N, offsets_D)
+        return self._with_ends(flat_N, offsets_D)
+
+    def _reference(self, texts: Iterable[bytes]) -> list[list[int]]:
+        strings = [text.decode() for text in texts]
+        return [e.ids for e in self.vocabulary.tokenizer.encode_batch_fast(strings, add_special_tokens=False)]
+
+    def _join(self, rows: Sequence[Sequence[int]]) -> Ids:
+        lengths_D = np.fromiter((len(row) for row in rows), np.int64, len(rows))
+        offsets_D = np.concatenate([[0], np.cumsum(lengths_D)])
+        flat_N = np.fromiter((token for row in rows for token in row), np.uint32, int(offsets_D[-1]))
+        return self._with_ends(flat_N, offsets_D)
+
+    def _with_ends(self, flat_N: npt.NDArray[np.uint32], offsets_D: npt.NDArray[np.int64]) -> Ids:
+        lengths_D = np.diff(offsets_D) + 1
+        ids_N = np.full(len(flat_N) + len(lengths_D), self._eos_id, dtype=self._dtype)
+        is_text_N = np.ones(len(ids_N), dtype=bool)
+        is_text_N[np.cumsum(lengths_D) - 1] = False
+        ids_N[is_text_N] = flat_N
+        return Ids(ids_N, lengths_D)
+
+    def _compare(
+        self, texts: Sequence[bytes], flat_N: npt.NDArray[np.uint32], offsets_D: npt.NDArray[np.int64]
+    ) -> None:
+        chosen = [at for at, text in enumerate(texts) if len(text) <= _LONGEST_CHECKED and _is_checked(text)]
+        for at, ids in zip(chosen, self._reference(texts[at] for at in chosen), strict=True):
+            if flat_N[offsets_D[at] : offsets_D[at + 1]].tolist() != ids:
+                raise DataError(
+                    f"gigatoken and tokenizers encode {texts[at].decode()!r:.80} in different ways. Nothing was "
+                    f"written: set tokenizer.fast=false, which is slow and exact."
+                )
+
+
+def _is_checked(text: bytes) -> bool:
+    """By the text itself, so that the same documents are compared whatever the batches are."""
+    return xxhash.xxh3_64_intdigest(text, seed=1) % _SHARE == 0
+
+
+def _gigatoken(tokenizer: Tokenizer) -> Any | None:
+    """A gigatoken tokenizer that has shown itself equal; None if there is none."""
+    try:
+        import gigatoken
+    except ImportError:
+        log.get().info("gigatoken is not installed (pip install 'turnout[data]'): encoding takes longer")
+        return None
+    page = json.loads(tokenizer.to_str())
+    if any(not token["special"] for token in page["added_tokens"]):
+        return None  # these are matched in text before it is split, which gigatoken would do for special ones too
+    page["added_tokens"] = []  # or the name of a special token in a text would become that token
+    try:
+        found = gigatoken.Tokenizer.from_json(json.dumps(page))
+        flat_N, offsets_D = _encoded(found, [probe.encode() for probe in _PROBES])
+    except Exception as error:  # gigatoken raises whatever it met with
+        log.get().info("gigatoken does not know this tokenizer (%s): encoding by tokenizers", error)
+        return None
+    expected = tokenizer.encode_batch_fast(list(_PROBES), add_special_tokens=False)
+    for at, encoding in enumerate(expected):
+        if flat_N[offsets_D[at] : offsets_D[at + 1]].tolist() != encoding.ids:
+            log.get().warning(
+                "gigatoken encodes %r otherwise than tokenizers, which encodes instead", _PROBES[at][:30]
+            )
+            return None
+    return found
+
+
+def _encoded(fast: Any, texts: Sequence[bytes]) -> tuple[npt.NDArray[np.uint32], npt.NDArray[np.int64]]:
+    """Ids `[N]` of all texts end to end and bounds `[D + 1]`."""
+    layout = fast.encode_batch(list(texts), parallel=False).layout
+    offsets_D = np.asarray(layout.offsets.data).astype(np.int64)
+    flat_N = np.asarray(layout.content.data)[offsets_D[0] : offsets_D[-1]]
+    return flat_N, offsets_D - offsets_D[0]

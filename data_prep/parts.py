@@ -1,0 +1,104 @@
+"""Documents of a stage <-> a part: zstd parquet with the columns `text` and `row`, its place in what was read."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from moe.recipe import Section
+
+_GROUP_BYTES = 4_000_000
+_LEVEL = 1
+_SCHEMA = pa.schema([("text", pa.large_string()), ("row", pa.int64())])
+
+
+class PartFacts(Section):
+    """A part's file name and what is in it."""
+
+    name: str
+    documents: int
+    bytes: int
+
+
+@dataclass
+class PartWriter:
+    """Writes `00000.parquet`, `00001.parquet`, ... into `folder`; a new one begins after `part_bytes` of text."""
+
+    folder: Path
+    part_bytes: int
+    parts: list[PartFacts] = field(default_factory=list)
+    _texts: list[bytes] = field(default_factory=list)
+    _rows: list[int] = field(default_factory=list)
+    _waiting: int = 0
+    _documents: int = 0
+    _bytes: int = 0
+    _file: Any = None
+
+    def add(self, text: bytes, row: int) -> None:
+        """Append a document of UTF-8."""
+        self._texts.append(text)
+        self._rows.append(row)
+        self._waiting += len(text)
+        if self._waiting >= _GROUP_BYTES:
+            self._flush()
+        if self._bytes >= self.part_bytes:
+            self._finish()
+
+    def close(self) -> list[PartFacts]:
+        """All parts, the last one finished."""
+        self._flush()
+        self._finish()
+        return self.parts
+
+    def _flush(self) -> None:
+        if not self._texts:
+            return
+        if self._file is None:
+            path = self.folder / f"{len(self.parts):05d}.parquet"
+            self._file = pq.ParquetWriter(
+                path,
+                _SCHEMA,
+                compression="zstd",
+                compression_level=_LEVEL,
+                use_dictionary=False,
+                write_statistics=False,
+            )
+        texts = pa.array(self._texts, pa.large_binary()).cast(pa.large_string())
+        self._file.write_batch(pa.record_batch([texts, pa.array(self._rows, pa.int64())], schema=_SCHEMA))
+        self._documents += len(self._texts)
+        self._bytes += self._waiting
+        self._texts, self._rows, self._waiting = [], [], 0
+
+    def _finish(self) -> None:
+        if self._file is None:
+            return
+        self._file.close()
+        self.parts.append(
+            PartFacts(name=f"{len(self.parts):05d}.parquet", documents=self._documents, bytes=self._bytes)
+        )
+        self._file, self._documents, self._bytes = None, 0, 0
+
+
+def texts(path: Path) -> Iterator[list[bytes]]:
+    """The documents of a part as UTF-8, some megabytes at a time."""
+    with pq.ParquetFile(path) as file:
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=["text"], use_threads=False)
+            yield table.column(0).cast(pa.large_binary()).to_pylist()
+
+
+def kept(path: Path, verdicts_D: npt.NDArray[np.uint8] | None) -> Iterator[list[bytes]]:
+    """Those whose verdict is 0; all of them without verdicts."""
+    at = 0
+    for batch in texts(path):
+        if verdicts_D is None:
+            yield batch
+        else:
+            verdicts_B = verdicts_D[at : at + len(batch)].tolist()
+            yield [text for text, verdict in zip(batch, verdicts_B, strict=True) if not verdict]
+        at += len(batch)

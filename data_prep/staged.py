@@ -1,0 +1,274 @@
+"""A recipe -> a data folder by way of stages: text, marks, verdicts, tokenizer, encode; each begins on a whole one.
+
+The folder NAME.stages beside the output holds what the stages made, so that a run that was stopped goes on from there.
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from data_prep import assemble, output, pool, records, vocabulary
+from data_prep.documents import Source, nothing_left
+from data_prep.encode import Encode, MakeTokenizer, Part
+from data_prep.files import matches
+from data_prep.marks import Mark, TestRuns
+from data_prep.parts import PartFacts
+from data_prep.prepare import summarise, up_to_date
+from data_prep.recipe import DataRecipe, ExistingTokenizer
+from data_prep.records import Facts, Record, Unit
+from data_prep.texts import ReadAndClean, open_source, portions
+from data_prep.verdicts import Judge
+from moe import log
+from moe.data.shards import FileStamp, SourceFacts, TokenData
+from moe.errors import DataError
+
+STAGES = ("text", "tests", "marks", "verdicts", "tokenizer", "encode")
+_CLAIM = "stages.json"
+_DECIDING = ("datatrove", "ftfy", "numpy", "pyarrow", "rensa", "tokenizers")
+_FORMAT = 1
+
+
+class _Enough(Exception):  # noqa: N818  no error: the stage that was asked for is done
+    """Nothing more was asked for."""
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What to do of a recipe: all, `stage` alone, or with `dry_run` only to tell what would be done."""
+
+    overwrite: bool = False
+    stage: str | None = None
+    dry_run: bool = False
+    say: Callable[[str], None] = print
+
+
+def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
+    """As `data_prep.prepare.prepare`; None where not all was asked for."""
+    sources = [open_source(config, tolerant=recipe.bad_rows == "quarantine") for config in recipe.sources]
+    stamps = [{str(path): FileStamp.of(path) for path in source.files} for source in sources]
+    digests = [source.digest() for source in sources]
+    tokenizer = recipe.tokenizer
+    ready = vocabulary.load(tokenizer) if isinstance(tokenizer, ExistingTokenizer) else None
+    if not (asked.overwrite or asked.stage or asked.dry_run) and up_to_date(recipe, digests, ready):
+        log.get().info("%s is up to date: nothing to do", recipe.folder)
+        return TokenData.open(recipe.folder, verify=False)
+    place = recipe.folder.resolve()
+    work = place.with_name(f"{place.name}.stages")
+    work.parent.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        stack.enter_context(output.locked(work))
+        page = {
+            "recipe": recipe.identity,
+            "sources": digests,
+            "tokenizer": {path.name: FileStamp.of(path).xxh3_128 for path in ready.files} if ready else {},
+            "tests": _tests(recipe),
+            "versions": {name: _version(name) for name in _DECIDING},
+        }
+        _claim(work, page, asked)
+        workers = (recipe.executor.workers if recipe.executor else None) or os.cpu_count() or 1
+        at_work = None if asked.dry_run else stack.enter_context(pool.workers(workers))
+        run = _Run(recipe, work, records.key(_FORMAT, page["versions"]), asked, at_work)
+        try:
+            made = run.all(sources, stamps)
+        except _Enough:
+            return None
+        with output.workspace(recipe.folder, replace=asked.overwrite) as folder:
+            manifest = assemble.assemble(recipe, digests, made, folder)
+    summarise(manifest, recipe.folder)
+    return TokenData.open(recipe.folder, verify=False)
+
+
+@dataclass
+class _Run:
+    """The stages of one recipe, in order; `step` does one."""
+
+    recipe: DataRecipe
+    work: Path
+    key: str
+    asked: Asked
+    pool: ProcessPoolExecutor | None
+    names: dict[str, int] = field(default_factory=dict)
+
+    def all(self, sources: Sequence[Source], stamps: Sequence[dict[str, FileStamp]]) -> assemble.Made:
+        """Raises `_Enough` where the stage that was asked for is done."""
+        text, texts, owners = self._text(sources, stamps)
+        accounts = [SourceFacts.model_validate(record.facts["account"]) for record in texts]
+        if not sum(account.kept.documents for account in accounts):
+            raise nothing_left(accounts)
+        files = [
+            (unit.folder / part.name, part, record.files[part.name], owner)
+            for unit, record, owner in zip(text, texts, owners, strict=True)
+            for part in (PartFacts.model_validate(page) for page in record.facts["parts"])
+        ]
+        verdicts = self._verdicts([(path, part.documents, stamp) for path, part, stamp, _ in files])
+        parts = [
+            Part(path, verdicts[0].folder / f"{number:05d}.npy" if verdicts else None)
+            for number, (path, *_) in enumerate(files)
+        ]
+        upstream = [stamp.xxh3_128 for *_, stamp, _ in files], verdicts[1].files if verdicts else None
+        return self._encode(parts, [owner for *_, owner in files], upstream, text, texts, owners)
+
+    def step(
+        self, stage: str, work: Sequence[tuple[Callable[[Path], Facts], Any]]
+    ) -> tuple[list[Unit], list[Record]]:
+        """Do what is missing of a stage of (work, what it reads); pass only if then every byte of it is whole."""
+        units = [
+            Unit(
+                self.work / stage, f"{number:05d}", records.key(self.key, stage, repr(do), _plain(reads)), do
+            )
+            for number, (do, reads) in enumerate(work)
+        ]
+        if self.asked.dry_run:
+            done = sum(records.finished(unit) is not None for unit in units)
+            self.asked.say(f"{stage}: {len(units)} parts, {done} of them done")
+            if done < len(units):
+                raise _Enough
+        elif self.asked.stage in (None, stage):
+            log.get().info("%s: %d parts", stage, len(units))
+            again = pool.run(units, self.pool)
+            if again < len(units):
+                log.get().info("%s: %d parts were there already", stage, len(units) - again)
+        found = records.gate(units)
+        if self.asked.stage == stage:
+            raise _Enough
+        return units, found
+
+    def _text(
+        self, sources: Sequence[Source], stamps: Sequence[dict[str, FileStamp]]
+    ) -> tuple[list[Unit], list[Record], list[int]]:
+        size = self.recipe.part_megabytes * 10**6
+        work, owners = [], []
+        for number, (config, source) in enumerate(zip(self.recipe.sources, sources, strict=True)):
+            for portion, files in portions(config, source, size):
+                do = ReadAndClean(portion, self.recipe.clean, self.recipe.bad_rows == "quarantine", size)
+                work.append((do, [stamps[number][str(path)] for path in files]))
+                owners.append(number)
+        units, found = self.step("text", work)
+        return units, found, owners
+
+    def _verdicts(self, files: Sequence[tuple[Path, int, FileStamp]]) -> tuple[Unit, Record] | None:
+        duplicates, tests = self.recipe.duplicates, self.recipe.decontaminate
+        if duplicates is None and tests is None:
+            if self.asked.stage in ("tests", "marks", "verdicts"):
+                raise DataError(
+                    f"--stage {self.asked.stage}: the recipe has neither duplicates nor decontaminate. Leave it out."
+                )
+            return None
+        runs, tests_read = None, None
+        if tests is not None:
+            paths = matches(tests.paths)
+            do = TestRuns(paths, tuple(tests.fields), tests.words)
+            (unit,), (record,) = self.step("tests", [(do, [FileStamp.of(path) for path in paths])])
+            runs_of, count, short = (record.facts[name] for name in ("runs", "texts", "too short"))
+            log.get().info(
+                "decontaminate: %s runs of %d words in %s test texts, %s of them shorter than that",
+                f"{runs_of:,}",
+                tests.words,
+                f"{count:,}",
+                f"{short:,}",
+            )
+            runs, tests_read = unit.folder / "runs.npy", record.files["runs.npy"]
+        marks, marked = self.step(
+            "marks",
+            [
+                (Mark(path, duplicates, runs, tests.words if tests else 0), [stamp, tests_read])
+                for path, _, stamp in files
+            ],
+        )
+        judge = Judge(
+            tuple(unit.folder for unit in marks),
+            tuple(documents for _, documents, _ in files),
+            tuple(f"{number:05d}" for number in range(len(files))),
+        )
+        (unit,), (record,) = self.step("verdicts", [(judge, [record.files for record in marked])])
+        return unit, record
+
+    def _encode(
+        self,
+        parts: Sequence[Part],
+        owners_of_parts: Sequence[int],
+        upstream: Any,
+        text: Sequence[Unit],
+        texts: Sequence[Record],
+        owners: Sequence[int],
+    ) -> assemble.Made:
+        recipe = self.recipe
+        of_sources = tuple(
+            (
+                f"source {number}",
+                tuple(p for p, of in zip(parts, owners_of_parts, strict=True) if of == number),
+            )
+            for number in range(len(recipe.sources))
+        )
+        make = MakeTokenizer(recipe.tokenizer, of_sources)
+        (tokenizer,), (tokens,) = self.step("tokenizer", [(make, upstream)])
+        encoders = [
+            Encode(
+                part, tokenizer.folder, tokens.facts["eos_token"], tokens.facts["pad_token"],
+                recipe.tokenizer.fast, recipe.validation, recipe.shard_tokens,
+            )
+            for part in parts
+        ]  # fmt: skip
+        encoded, ended = self.step("encode", [(do, [upstream, tokens.files]) for do in encoders])
+        return assemble.Made(
+            tokenizer, tokens, list(zip(text, texts, owners, strict=True)),
+            list(zip(encoded, ended, owners_of_parts, strict=True)),
+        )  # fmt: skip
+
+
+def _claim(work: Path, page: dict[str, Any], asked: Asked) -> None:
+    """Make the folder of stages ours, or find that it is; raises `DataError` if another recipe's results are there."""
+    path = work / _CLAIM
+    if work.exists() and any(work.iterdir()) and not path.is_file():
+        raise DataError(
+            f"{work}: stages go here, but turnout did not make what is there. Use another output."
+        )
+    if path.is_file():
+        found = json.loads(path.read_bytes())
+        changed = [name for name, value in page.items() if found.get(name) != value]
+        if not changed:
+            return
+        if not asked.overwrite:
+            raise DataError(
+                f"{work}: stages of another recipe, text or library are there ({', '.join(changed)} changed). "
+                f"Use another output, or --overwrite to begin anew."
+            )
+        if asked.dry_run:
+            return
+        shutil.rmtree(work)
+    if not asked.dry_run:
+        work.mkdir(exist_ok=True)
+        unfinished = path.with_name(f".{_CLAIM}.unfinished")
+        unfinished.write_text(json.dumps(page, indent=2), encoding="utf-8")
+        unfinished.rename(path)
+
+
+def _tests(recipe: DataRecipe) -> list[str]:
+    if recipe.decontaminate is None:
+        return []
+    return [FileStamp.of(path).xxh3_128 for path in matches(recipe.decontaminate.paths)]
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _plain(reads: Any) -> Any:
+    """What a unit reads, as JSON."""
+    if isinstance(reads, FileStamp):
+        return reads.xxh3_128
+    if isinstance(reads, dict):
+        return {name: _plain(value) for name, value in reads.items()}
+    if isinstance(reads, list | tuple):
+        return [_plain(value) for value in reads]
+    return reads

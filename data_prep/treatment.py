@@ -1,0 +1,82 @@
+"""Knobs of what is done to documents between their source and the encoder, and of who does it."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from moe.recipe import PathText, Section
+
+Patterns = Annotated[list[PathText], Field(min_length=1)]
+NonEmpty = Annotated[str, Field(min_length=1)]
+Rules = Literal["gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality"]
+
+
+class LanguageFilter(Section):
+    """Keep documents of certain languages, as a fastText model on this machine tells them."""
+
+    keep: Annotated[list[NonEmpty], Field(min_length=1)]
+    """Labels of the model without __label__, such as en."""
+    model: PathText
+    """A fastText model such as lid.176.bin; none is downloaded."""
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.65
+    """How sure the model must be."""
+
+
+class Clean(Section):
+    """What is done to each document on its own, in this order."""
+
+    max_megabytes: PositiveInt = 100
+    """Drop documents of more than so many 10^6 bytes."""
+    normalise: bool = True
+    """Mend wrongly decoded text, and write one form of each character (ftfy)."""
+    language: LanguageFilter | None = None
+    """Keep some languages; null: all."""
+    rules: list[Rules] = Field(default_factory=list)
+    """Rules of quality that a document must pass, as datatrove has them; they are made for English."""
+    mask_pii: bool = False
+    """Put examples in the place of e-mail and public IP addresses."""
+
+
+class NearDuplicates(Section):
+    """MinHash: of documents that are alike only the first stays."""
+
+    shingle_words: PositiveInt = 5
+    """Words of a shingle; documents are alike as far as they share shingles."""
+    bands: PositiveInt = 20
+    """Chances to be found alike; more find more."""
+    rows: PositiveInt = 8
+    """Hashes that must agree in a band; more find less."""
+    seed: NonNegativeInt = 1
+    """Another seed, other hashes."""
+
+
+class Duplicates(Section):
+    exact: bool = True
+    """Of documents with the same text only the first stays."""
+    near: NearDuplicates | None = None
+    """Of documents that are nearly the same only the first stays; null: all do."""
+
+    @model_validator(mode="after")
+    def _something_is_done(self) -> "Duplicates":
+        if not self.exact and self.near is None:
+            raise ValueError("neither exact nor near duplicates are looked for; remove the block")
+        return self
+
+
+class Decontaminate(Section):
+    """Drop documents that share a run of words with texts that a model will be tested on."""
+
+    paths: Patterns
+    """Files or glob patterns: in .jsonl (.gz, .zst) each object is a text, any other file is one."""
+    fields: list[NonEmpty] = Field(default_factory=lambda: ["text"], min_length=1)
+    """Keys of the objects whose strings are test text; those that an object lacks are passed over."""
+    words: Annotated[int, Field(ge=2)] = 13
+    """Length of the run."""
+
+
+class LocalExecutor(Section):
+    """Processes of this machine."""
+
+    type: Literal["local"] = "local"
+    workers: PositiveInt | None = None
+    """Processes at work; null: one a core. The result is the same for any number."""

@@ -1,0 +1,184 @@
+"""One attempt: start its agents, count up its lease, judge what they report, and stay until they have ended."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch import start
+from launch.folder import Attempt, LaunchFolder, NodeReport, Order, Plan, ended, write_text
+from launch.verdict import Verdict, culprit, judge
+from moe import log
+from moe.errors import EXIT_STOPPED
+
+_POLL_SECONDS = 0.25
+_STACK_SECONDS = 2.0
+_LEAVE_SECONDS = 5.0
+Runners = Sequence["subprocess.Popen[bytes]"]
+
+
+@dataclass
+class Attendance:
+    """What is seen of an attempt while it runs."""
+
+    folder: LaunchFolder
+    plan: Plan
+    attempt: Attempt
+    asked: Callable[[], str | None]
+    """The signal, if any, that asks us to let the ranks save and leave."""
+    began: float = field(default_factory=time.monotonic)
+    counts: dict[int, tuple[int, float]] = field(default_factory=dict)
+    """Of each node what it last counted, and since when."""
+    shown: int = 0
+    """Bytes of the first rank's log."""
+
+    def attend(self) -> Attempt:
+        """The attempt with its end."""
+        done_before = _mark(self.folder.done)
+        with (self.folder.logs(self.attempt.number) / "launcher.log").open("ab") as log_file:
+            runners = [
+                subprocess.Popen(
+                    command,
+                    cwd=self.plan.working_folder,
+                    stdin=subprocess.DEVNULL,
+                    stdout=log_file,
+                    stderr=log_file,
+                    start_new_session=True,  # Ctrl-C reaches us alone, and the ranks through the agents
+                )
+                for command in start.commands(self.folder, self.plan, self.attempt)
+            ]
+        try:
+            verdict = self._watch(runners)
+        finally:
+            self._order("end")
+            self._leave(runners)
+        self._show()
+        reports = self.folder.reports(self.attempt.number)
+        steps = [rank.step for report in reports for rank in report.ranks if rank.step is not None]
+        attempt = ended(
+            self.attempt,
+            ended=time.time(),
+            to_step=self.folder.newest_step(),
+            last_step=max(steps, default=None),
+        )
+        if (mark := _mark(self.folder.done)) is not None and (mark != done_before or _all(reports, 0)):
+            return ended(attempt, outcome="done")
+        if verdict is None:
+            return ended(attempt, **self._quiet_end(reports))
+        return ended(
+            attempt, outcome=verdict.outcome, cause=verdict.cause, rank=verdict.rank, host=verdict.host
+        )
+
+    def _watch(self, runners: Runners) -> Verdict | None:
+        """Until all agents have ended (None), or the attempt goes wrong."""
+        count, stopping_since = 0, None
+        limits, number = self.plan.limits, self.attempt.number
+        while True:
+            time.sleep(_POLL_SECONDS)
+            count += 1
+            _overwrite(self.folder.attempt_folder(number) / "lease", count)
+            reports = self.folder.reports(number)
+            silent = self._silent_seconds(reports)
+            self._show()
+            if len(reports) == self.plan.num_nodes and all(report.ended for report in reports):
+                return judge(reports, {}, limits)
+            verdict = judge(reports, silent, limits)
+            if verdict is not None:
+                return self._examine(verdict) if verdict.outcome == "hung" else verdict
+            now = time.monotonic()
+            if len(reports) < self.plan.num_nodes and (
+                now - self.began > limits.boot_seconds
+                or (now - self.began > 1.0 and all(runner.poll() is not None for runner in runners))
+            ):
+                return self._no_agent(reports)
+            if stopping_since is None and (why := self._asked(reports)):
+                log.get().info("asked to stop (%s): the ranks finish their step and save", why)
+                self._order("stop")
+                stopping_since = now
+            if stopping_since is not None and now - stopping_since > limits.save_seconds:
+                return Verdict("hung", f"asked to save, the ranks did not within {limits.save_seconds:.0f} s")
+
+    def _asked(self, reports: Sequence[NodeReport]) -> str | None:
+        """Who wants the ranks to save and leave: a signal to us or to an agent, or a person."""
+        signals = [self.asked(), *(report.asked for report in reports)]
+        person = "turnout stop" if self.folder.stop.exists() else None
+        return next((name for name in signals if name), person)
+
+    def _silent_seconds(self, reports: Sequence[NodeReport]) -> dict[int, float]:
+        now = time.monotonic()
+        for report in reports:
+            if self.counts.get(report.node, (-1, 0.0))[0] != report.count:
+                self.counts[report.node] = (report.count, now)
+        return {node: now - since for node, (_, since) in self.counts.items()}
+
+    def _examine(self, verdict: Verdict) -> Verdict:
+        """Which rank hangs: ask all for their stacks, keep them, and find the one that differs."""
+        self._order("stacks")
+        time.sleep(_STACK_SECONDS)
+        reports = self.folder.reports(self.attempt.number)
+        for report in reports:
+            for rank in report.ranks:
+                path = self.folder.logs(self.attempt.number) / f"rank_{rank.rank}.stack"
+                write_text(path, rank.stack or "(it wrote no stack)\n")
+        found = culprit(reports)
+        return Verdict("hung", f"{verdict.cause}; {found.cause}", found.rank, found.host)
+
+    def _no_agent(self, reports: Sequence[NodeReport]) -> Verdict:
+        said = {report.node for report in reports}
+        node = next(node for node in range(self.plan.num_nodes) if node not in said)
+        launcher = self.folder.logs(self.attempt.number) / "launcher.log"
+        host = self.attempt.nodes[node]
+        return Verdict("lost", f"no agent began on node {node}; see {launcher}", None, host)
+
+    def _quiet_end(self, reports: Sequence[NodeReport]) -> dict[str, str]:
+        """All ranks left with 0 or 75, and there is no new `done` record."""
+        if _all(reports, EXIT_STOPPED):
+            return {"outcome": "saved", "cause": self._asked(reports) or "a signal to the ranks"}
+        return {"outcome": "failed", "cause": "the ranks ended without a `done` record"}
+
+    def _leave(self, runners: Runners) -> None:
+        """Give agents and launchers a moment, then end the launchers; agents that live on have lost their lease."""
+        end = time.monotonic() + _LEAVE_SECONDS
+        while any(runner.poll() is None for runner in runners) and time.monotonic() < end:
+            time.sleep(0.05)
+        for runner in runners:
+            with suppress(ProcessLookupError):
+                os.killpg(runner.pid, signal.SIGKILL)
+            runner.wait()
+
+    def _order(self, order: Order) -> None:
+        write_text(self.folder.attempt_folder(self.attempt.number) / "order", order + "\n")
+
+    def _show(self) -> None:
+        """Pass on what the first rank has said since."""
+        with suppress(OSError), self.folder.log(self.attempt.number, 0).open("rb") as file:
+            file.seek(self.shown)
+            said = file.read()
+            self.shown += len(said)
+            sys.stderr.write(said.decode(errors="replace"))
+            sys.stderr.flush()
+
+
+def _all(reports: Sequence[NodeReport], code: int) -> bool:
+    codes = {rank.code for report in reports for rank in report.ranks}
+    return codes == {code}
+
+
+def _mark(path: Path) -> tuple[int, int] | None:
+    """Of a file; another when it is written anew."""
+    try:
+        status = path.stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _overwrite(path: Path, count: int) -> None:
+    """In place: a new file of the same name would show late on NFS."""
+    with suppress(OSError), path.open("r+", encoding="utf-8") as file:
+        file.write(f"{count}\n")

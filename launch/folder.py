@@ -1,0 +1,246 @@
+"""RUN/launch: what supervisor, agents and people tell each other about a run, as files on the shared file system.
+
+plan.json             what was asked for; written once a launch
+recipe.yaml           the resolved recipe that every attempt trains
+owner                 NUMBER TOKEN of the attempt that may write
+stop                  somebody wants the run to save and end
+attempt_N/
+  attempt.json        who, where, and how it ended
+  lease               a number that the supervisor counts up; agents that see it stand still end their ranks
+  order               what the supervisor wants of the agents: stop, stacks or end
+  meeting.json        where the ranks meet, found free by the agent of the first node
+  node_I.json         what the agent of node I last saw of its ranks
+"""
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from moe.errors import LaunchError
+
+Kind = Literal["local", "hosts", "slurm"]
+Order = Literal["stop", "stacks", "end"]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a run that goes wrong is acted upon."""
+
+    boot_seconds: float = 900.0
+    """For the first step, imports and loading included."""
+    hang_seconds: float = 300.0
+    """For any later step with its evaluation or the part of a save that holds training."""
+    lease_seconds: float = 15.0
+    """Agents whose supervisor is silent for so long end their ranks; nodes that are silent for so long are lost."""
+    save_seconds: float = 300.0
+    """For ranks to save and leave when they are asked to stop."""
+    fruitless_attempts: int = 3
+    """Failed attempts in a row without a new checkpoint, after which the run is given up."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A launch, as every process of it needs to know it. All paths are absolute."""
+
+    kind: Kind
+    run_folder: str
+    working_folder: str
+    python: str
+    num_nodes: int
+    ranks_per_node: int
+    hosts: tuple[str, ...] = ()
+    """For kind hosts, spares included; else the launcher knows."""
+    pdsh: bool = False
+    """For kind hosts: start agents by DeepSpeed's launcher, which uses pdsh; else by ssh."""
+    cpus_per_rank: int | None = None
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What ranks get beside what their node gives them."""
+    limits: Limits = Limits()
+    first_attempt: int = 1
+    """Of this launch; earlier ones belong to earlier launches of the same run."""
+
+    @property
+    def world_size(self) -> int:
+        return self.num_nodes * self.ranks_per_node
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """One start of all ranks, and how it ended."""
+
+    number: int
+    token: str
+    nodes: tuple[str, ...]
+    began: float
+    """Seconds since 1970, of the supervisor's clock, as all times here."""
+    from_step: int
+    """Of the newest checkpoint when it began."""
+    job: str | None = None
+    """Slurm's number of the job."""
+    ended: float | None = None
+    outcome: str | None = None
+    """done, saved, failed, hung, lost, refused or abandoned; None while it runs."""
+    rank: int | None = None
+    """The first that failed."""
+    host: str | None = None
+    cause: str | None = None
+    last_step: int | None = None
+    to_step: int | None = None
+    """Of the newest checkpoint when it ended."""
+    then: str | None = None
+    """What was done about it."""
+
+    @property
+    def owner(self) -> str:
+        return f"{self.number} {self.token}"
+
+
+@dataclass(frozen=True)
+class RankReport:
+    """What an agent last saw of one rank."""
+
+    rank: int
+    pid: int
+    step: int | None = None
+    """The last step that it took, or began with; None: it has not begun."""
+    beats: int = 0
+    still_seconds: float = 0.0
+    """Since its last beat, or its start."""
+    code: int | None = None
+    """As subprocess has it: negative for a signal; None while it lives."""
+    seconds_dead: float = 0.0
+    stopped: bool = False
+    """Whether it is halted by a signal (SIGSTOP) or a debugger."""
+    stack: str | None = None
+
+
+@dataclass(frozen=True)
+class NodeReport:
+    """What one agent last said; `count` grows while it lives."""
+
+    node: int
+    host: str
+    count: int
+    ranks: tuple[RankReport, ...]
+    asked: str | None = None
+    """The signal that asked the agent itself to stop."""
+    ended: bool = False
+
+
+@dataclass(frozen=True)
+class LaunchFolder:
+    """The files by name."""
+
+    run: Path
+
+    @property
+    def home(self) -> Path:
+        return self.run / "launch"
+
+    @property
+    def stop(self) -> Path:
+        return self.home / "stop"
+
+    @property
+    def owner(self) -> Path:
+        return self.home / "owner"
+
+    @property
+    def recipe(self) -> Path:
+        return self.home / "recipe.yaml"
+
+    @property
+    def done(self) -> Path:
+        return self.run / "done"
+
+    def attempt_folder(self, number: int) -> Path:
+        return self.home / f"attempt_{number}"
+
+    def logs(self, number: int) -> Path:
+        return self.run / "logs" / f"attempt_{number}"
+
+    def log(self, number: int, rank: int) -> Path:
+        return self.logs(number) / f"rank_{rank}.log"
+
+    def write_plan(self, plan: Plan) -> None:
+        write(self.home / "plan.json", asdict(plan))
+
+    def plan(self) -> Plan:
+        """Raises `LaunchError` if nothing was launched there."""
+        page = read(self.home / "plan.json")
+        if page is None:
+            raise LaunchError(
+                f"{self.run} has no launch/plan.json: it was not started by `turnout launch`. "
+                f"Give the folder of a run that was."
+            )
+        page = page | {"hosts": tuple(page["hosts"]), "limits": Limits(**page["limits"])}
+        return Plan(**page)
+
+    def write_attempt(self, attempt: Attempt) -> None:
+        write(self.attempt_folder(attempt.number) / "attempt.json", asdict(attempt))
+
+    def attempt(self, number: int) -> Attempt | None:
+        page = read(self.attempt_folder(number) / "attempt.json")
+        return None if page is None else Attempt(**page | {"nodes": tuple(page["nodes"])})
+
+    def attempts(self) -> list[Attempt]:
+        """Oldest first."""
+        numbers = sorted(int(path.name.rpartition("_")[2]) for path in self.home.glob("attempt_*"))
+        return [attempt for number in numbers if (attempt := self.attempt(number)) is not None]
+
+    def write_report(self, number: int, report: NodeReport) -> None:
+        write(self.attempt_folder(number) / f"node_{report.node}.json", asdict(report))
+
+    def reports(self, number: int) -> list[NodeReport]:
+        """Of the nodes whose agents have said anything, by node."""
+        found = []
+        for path in self.attempt_folder(number).glob("node_*.json"):
+            page = read(path)
+            if page is not None:
+                ranks = tuple(RankReport(**rank) for rank in page["ranks"])
+                found.append(NodeReport(**page | {"ranks": ranks}))
+        return sorted(found, key=lambda report: report.node)
+
+    def newest_step(self) -> int:
+        """Of the checkpoints; 0 without. Looks at names alone, for it must not fail where training would."""
+        steps = [path.name.removeprefix("step_") for path in (self.run / "checkpoints").glob("step_*")]
+        return max((int(step) for step in steps if step.isdigit()), default=0)
+
+
+def ended(attempt: Attempt, **how: Any) -> Attempt:
+    """The attempt with what is known at its end."""
+    return replace(attempt, **how)
+
+
+def fruitless(attempts: Sequence[Attempt]) -> int:
+    """How many attempts, counted from the last, went wrong without a new checkpoint; requeues do not begin anew."""
+    count = 0
+    for attempt in reversed(attempts):
+        if attempt.outcome in ("done", "saved") or (attempt.to_step or 0) > attempt.from_step:
+            break
+        count += 1
+    return count
+
+
+def read(path: Path) -> dict[str, Any] | None:
+    """A page; None if it is not there."""
+    try:
+        page: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return page
+
+
+def write(path: Path, page: Mapping[str, Any]) -> None:
+    """Whole or not at all, for readers; not synced, since it tells of now."""
+    write_text(path, json.dumps(page, indent=1) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """As `write`."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

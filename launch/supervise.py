@@ -1,0 +1,172 @@
+"""A plan in a run folder -> attempts until the run is done, is stopped, or is given up with a diagnosis.
+
+    python -m launch.supervise RUN
+
+`turnout launch` starts it: on this machine for local and hosts, as the batch script's program for Slurm. What failed
+is started anew: in the same allocation, with a spare node for a lost one, or by a requeue without that node. Success
+is the run's `done` record, whatever exit codes say.
+"""
+
+import secrets
+import signal
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+
+from launch import start
+from launch.attend import Attendance
+from launch.folder import Attempt, LaunchFolder, Plan, ended, fruitless, write_text
+from launch.slurm import Job
+from moe import log
+from moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, LaunchError, clean_exit
+
+EXIT_FAILED = 1
+
+
+@dataclass
+class Supervisor:
+    """One launch of a run."""
+
+    folder: LaunchFolder
+    plan: Plan
+    job: Job | None
+    asked: str | None = None
+    """The signal that asks us to save and leave."""
+    bad: set[str] = field(default_factory=set)
+
+    def run(self) -> int:
+        """All attempts; the exit code of the command."""
+        self._abandon()
+        while (nodes := self._nodes()) is not None:
+            attempt = self._begin(nodes)
+            attempt = Attendance(self.folder, self.plan, attempt, lambda: self.asked).attend()
+            if attempt.outcome == "done":
+                return self._close(attempt, "the run is complete", 0)
+            if attempt.outcome == "saved" or self.asked or self.folder.stop.exists():
+                return self._leave(attempt)
+            if attempt.outcome == "refused":
+                return self._close(attempt, "given up: the ranks would refuse it again", EXIT_USER_ERROR)
+            before = self.folder.attempts()[self.plan.first_attempt - 1 : -1]
+            if (count := fruitless([*before, attempt])) >= self.plan.limits.fruitless_attempts:
+                sentence = f"given up: {count} attempts in a row without a new checkpoint"
+                return self._close(attempt, sentence, EXIT_FAILED)
+            if attempt.outcome == "lost" and attempt.host is not None:
+                self.bad.add(attempt.host)
+            self._note(attempt, "started again" if self._nodes() else "too few nodes are left")
+        return self._give_up_nodes()
+
+    def listen(self) -> None:
+        """USR1 comes from Slurm before the time limit; the others from Slurm, a shell or a person."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1):
+            # Our script ignores USR1 until we are here; nohup ignores HUP for good.
+            if signal.getsignal(number) is not signal.SIG_IGN or number is signal.SIGUSR1:
+                signal.signal(number, self._ask)
+
+    def _ask(self, number: int, _: FrameType | None) -> None:
+        self.asked = signal.Signals(number).name
+
+    def _abandon(self) -> None:
+        """Attempts whose supervisor was killed; the next one's owner token ends their writing."""
+        for attempt in self.folder.attempts():
+            if attempt.outcome is None:
+                how = {"outcome": "abandoned", "cause": "its supervisor ended without a word"}
+                then = "a new supervisor went on"
+                self.folder.write_attempt(
+                    ended(attempt, **how, ended=time.time(), then=then, to_step=self.folder.newest_step())
+                )
+
+    def _nodes(self) -> tuple[str, ...] | None:
+        """Those to start on: the allocation's first that are not bad; None when too few are left."""
+        if self.plan.kind == "local":
+            return ("127.0.0.1",)
+        given = self.job.nodes if self.job is not None else self.plan.hosts
+        good = [node for node in given if node not in self.bad]
+        return tuple(good[: self.plan.num_nodes]) if len(good) >= self.plan.num_nodes else None
+
+    def _begin(self, nodes: tuple[str, ...]) -> Attempt:
+        number = max((attempt.number for attempt in self.folder.attempts()), default=0) + 1
+        attempt = Attempt(
+            number=number,
+            token=secrets.token_hex(8),
+            nodes=nodes,
+            began=time.time(),
+            from_step=self.folder.newest_step(),
+            job=None if self.job is None else self.job.number,
+        )
+        self.folder.attempt_folder(number).mkdir(parents=True)
+        self.folder.logs(number).mkdir(parents=True, exist_ok=True)
+        (self.folder.attempt_folder(number) / "lease").write_text("0\n", encoding="utf-8")
+        self.folder.write_attempt(attempt)
+        # From here on no rank of an earlier attempt writes.
+        write_text(self.folder.owner, attempt.owner + "\n")
+        if self.plan.pdsh:
+            page = start.hostfile(attempt, self.plan.ranks_per_node)
+            write_text(self.folder.home / "hostfile", page)
+        log.get().info(
+            "attempt %d: %d ranks on %s, from step %d; logs in %s",
+            number,
+            self.plan.world_size,
+            ", ".join(nodes),
+            attempt.from_step,
+            self.folder.logs(number),
+        )
+        return attempt
+
+    def _leave(self, attempt: Attempt) -> int:
+        """We were asked to end; the ranks have saved, or failed to."""
+        if self.folder.stop.exists() or self.job is None:
+            return self._close(attempt, "stopped; the same launch goes on from here", EXIT_STOPPED)
+        if not self.job.is_running():
+            return self._close(attempt, "left to Slurm, which ends or requeues the job", EXIT_STOPPED)
+        return self._requeue(attempt)
+
+    def _give_up_nodes(self) -> int:
+        attempt = self.folder.attempts()[-1]
+        if self.job is not None and self.job.is_running():
+            return self._requeue(attempt, without=sorted(self.bad))
+        sentence = f"given up: without {', '.join(sorted(self.bad))} there are too few nodes"
+        return self._close(attempt, sentence, EXIT_FAILED)
+
+    def _requeue(self, attempt: Attempt, without: Sequence[str] = ()) -> int:
+        assert self.job is not None
+        left_out = f" without {', '.join(without)}" if without else ""
+        code = self._close(attempt, f"requeued{left_out}", EXIT_STOPPED)
+        self.job.requeue(without)
+        return code
+
+    def _close(self, attempt: Attempt, then: str, code: int) -> int:
+        self._note(attempt, then)
+        return code
+
+    def _note(self, attempt: Attempt, then: str) -> None:
+        self.folder.write_attempt(ended(attempt, then=then))
+        where = f": rank {attempt.rank} on {attempt.host}" if attempt.rank is not None else ""
+        cause = f" ({attempt.cause})" if attempt.cause else ""
+        log.get().info("attempt %d: %s%s%s; %s", attempt.number, attempt.outcome, where, cause, then)
+
+
+def supervise(run_folder: Path) -> int:
+    """Attempts until the end. Raises `LaunchError`."""
+    folder = LaunchFolder(run_folder)
+    plan = folder.plan()
+    job = Job.mine() if plan.kind == "slurm" else None
+    supervisor = Supervisor(folder, plan, job)
+    supervisor.listen()
+    return supervisor.run()
+
+
+def main() -> None:
+    log.setup()
+    with clean_exit():
+        if len(sys.argv) != 2:
+            raise LaunchError(
+                "write python -m launch.supervise RUN, with the folder of a run that was launched."
+            )
+        sys.exit(supervise(Path(sys.argv[1])))
+
+
+if __name__ == "__main__":
+    main()

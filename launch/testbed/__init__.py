@@ -1,0 +1,1 @@
+"""Several machines on one Linux box: namespaces with sshd, slurmd and fake GPUs, to try launches without a cluster."""

@@ -1,0 +1,193 @@
+"""A testbed of three nodes with Slurm, and a tiny run that can be launched on it. Skipped where no testbed can be."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import yaml
+
+from launch.folder import Attempt, LaunchFolder
+from launch.testbed import command as testbed
+from launch.testbed.machines import CONTROLLER, Machines
+from launch.testbed.slurm import Cluster
+from moe.errors import LaunchError
+
+HERE = Path(__file__).resolve().parents[2]
+DATA = {
+    "name": "tiny",
+    "sources": [{"type": "text", "paths": [str(Path(json.__file__).parent / "*.py")]}],
+    "tokenizer": {"type": "bpe", "vocab_size": 300},
+    "validation": {"fraction": 0.2},
+}
+RECIPE = {
+    "name": "tiny",
+    "seed": 7,
+    "model": {
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "num_layers": 2,
+        "max_sequence_length": 64,
+        "attention": {"num_heads": 4, "num_kv_heads": 2},
+        "moe": {"num_experts": 8, "top_k": 2, "expert_intermediate_size": 16},
+    },
+    "data": {"path": "data/tiny", "sequence_length": 32},
+    "train": {
+        "steps": 30,
+        "global_batch_size": 8,
+        "micro_batch_size": 2,
+        "precision": "fp32",
+        "optimizer": {"learning_rate": 1e-3},
+    },
+    "parallel": {"expert_parallel_size": 4},
+    "checkpoint": {"every_steps": 10},
+}
+LAYOUT = {
+    "local": ["--on", "local", "--ranks-per-node", "4"],
+    "slurm": ["--on", "slurm", "--nodes", "2", "--gpus-per-node", "2", "--time", "20"],
+    "pdsh": ["--on", "hosts", "--hosts", "n1,n2", "--ranks-per-node", "2"],
+    "ssh": ["--on", "hosts", "--hosts", "n1,n2", "--ranks-per-node", "2", "--ssh"],
+}
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that all machines see, with data and a recipe; every launch makes its own run folder in it."""
+
+    folder: Path
+    cluster: Cluster
+
+    def turnout(self, *arguments: str, on: str = CONTROLLER) -> "subprocess.Popen[str]":
+        command = self._on(on, arguments)
+        return subprocess.Popen(
+            command, env=self.env(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def _on(self, machine: str, arguments: Sequence[str]) -> list[str]:
+        command = self.cluster.machines.on(machine, [sys.executable, "-m", "moe.cli", *arguments])
+        return [f"--wdns={self.folder}" if word.startswith("--wdns=") else word for word in command]
+
+    def says(self, *arguments: str, code: int = 0) -> str:
+        """What a verb prints."""
+        process = self.turnout(*arguments)
+        said = process.communicate(timeout=400)[0]
+        assert process.returncode == code, said
+        return said
+
+    def launch(self, run: str, kind: str, *more: str, code: int = 0) -> str:
+        return self.says("launch", "recipe.yaml", f"run_dir={run}", *LAYOUT[kind], *more, code=code)
+
+    def start(self, run: str, kind: str, *more: str) -> "subprocess.Popen[str]":
+        """A launch that is not waited for; what it says goes into a file, which never fills."""
+        arguments = ["launch", "recipe.yaml", f"run_dir={run}", *LAYOUT[kind], *more]
+        with (self.folder / f"{run.replace('/', '-')}.said").open("wb") as said:
+            return subprocess.Popen(
+                self._on(CONTROLLER, arguments), env=self.env(), stdout=said, stderr=said, text=True
+            )
+
+    def env(self) -> dict[str, str]:
+        return {
+            **os.environ,
+            **self.cluster.env,
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            "TOKENIZERS_PARALLELISM": "false",
+            "PYTHONPATH": str(HERE),
+        }
+
+    def files(self, run: str) -> LaunchFolder:
+        return LaunchFolder(self.folder / run)
+
+    def losses(self, run: str) -> dict[int, float]:
+        """By step; every step once."""
+        path = self.folder / run / "metrics.jsonl"
+        lines = path.read_text().split("\n")[:-1] if path.exists() else []
+        records: list[dict[str, Any]] = [record for record in map(json.loads, lines) if "loss" in record]
+        assert len({record["step"] for record in records}) == len(records)
+        return {record["step"]: record["loss"] for record in records}
+
+    def step(self, run: str) -> int:
+        return max(self.losses(run), default=0)
+
+    def attempts(self, run: str) -> list[Attempt]:
+        return self.files(run).attempts()
+
+    def pid(self, run: str, rank: int) -> tuple[str, int]:
+        """Host, and pid there, of a rank of the attempt that runs."""
+        reports = self.files(run).reports(self.attempts(run)[-1].number)
+        return next((r.host, one.pid) for r in reports for one in r.ranks if one.rank == rank)
+
+    def kill(self, run: str, rank: int, name: str) -> str:
+        """Send a signal to a rank; its host."""
+        host, pid = self.pid(run, rank)
+        self.cluster.machines.run(host, ["kill", f"-{name}", str(pid)])
+        return host
+
+    def survivors(self, run: str) -> list[psutil.Process]:
+        """Processes, on any machine, that belong to a run."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                words = process.cmdline()
+                if process.status() != psutil.STATUS_ZOMBIE and any(run in word for word in words):
+                    found.append(process)
+            except psutil.Error:
+                continue
+        return found
+
+    def slurm(self, *command: str) -> str:
+        return self.cluster.machines.run(CONTROLLER, command, env=self.env())
+
+    def job(self, run: str) -> str:
+        page: dict[str, str] = json.loads((self.files(run).home / "job.json").read_text())
+        return page["job"]
+
+
+def wait(true: Callable[[], object], what: str, seconds: float = 400) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, f"waited {seconds:.0f} s for {what}"
+        time.sleep(0.1)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    try:
+        testbed.check(slurm=True)
+    except LaunchError as error:
+        pytest.skip(str(error))
+    home = Path(tempfile.mkdtemp(prefix="turnout-"))
+    machines = Machines.up(home / "testbed", 3)
+    try:
+        yield Cluster.up(machines, cpus=4, gpus=2)
+    finally:
+        machines.down()
+        home.rmdir()
+
+
+@pytest.fixture(scope="session")
+def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
+    folder = tmp_path_factory.mktemp("cluster")
+    (folder / "data.yaml").write_text(yaml.safe_dump(DATA))
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+    place = Place(folder, cluster)
+    place.says("prepare", "data.yaml")
+    return place
+
+
+@pytest.fixture(scope="session")
+def expected(place: Place) -> dict[int, float]:
+    """The losses of the run on this machine alone, undisturbed."""
+    place.launch("runs/local", "local")
+    losses = place.losses("runs/local")
+    assert sorted(losses) == list(range(1, 31))
+    return losses

@@ -1,0 +1,367 @@
+"""Launching without launching: verdicts, plans, scripts, hostfiles, owner tokens, and what is refused."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from launch import hosts, start
+from launch.doctor import Finding, diagnose
+from launch.folder import Attempt, LaunchFolder, Limits, NodeReport, Plan, RankReport, fruitless, write_text
+from launch.look import story
+from launch.probe import rounds
+from launch.slurm import Request, script
+from launch.testbed import command as testbed
+from launch.verdict import culprit, judge
+from moe import attempt as attempts
+from moe.checkpoint.lock import held
+from moe.cli import turnout
+from moe.errors import CheckpointError, LaunchError
+
+LIMITS = Limits(boot_seconds=60, hang_seconds=10, lease_seconds=5)
+ALIVE = RankReport(rank=0, pid=1, step=3, beats=4)
+IN_COLLECTIVE = """Current thread 0x01 (most recent call first):
+  File "/x/torch/distributed/distributed_c10d.py", line 3122 in all_reduce
+  File "/x/moe/dist.py", line 100 in sum
+"""
+IN_READ = """Thread 0x02 (most recent call first):
+  File "/x/threading.py", line 1 in wait
+
+Current thread 0x01 (most recent call first):
+  File "/x/moe/data/loader.py", line 88 in read
+  File "/x/moe/train.py", line 120 in train
+"""
+
+
+def _node(node: int, *ranks: RankReport, ended: bool = False) -> NodeReport:
+    return NodeReport(node, f"n{node + 1}", 7, ranks, None, ended)
+
+
+def test_an_attempt_that_goes_well_has_no_verdict() -> None:
+    assert judge([_node(0, ALIVE), _node(1, replace(ALIVE, rank=1))], {0: 1.0, 1: 1.0}, LIMITS) is None
+
+
+def test_a_rank_ended_by_a_signal_is_named_before_the_peers_that_complain_of_it() -> None:
+    peer = replace(ALIVE, rank=0, code=1, seconds_dead=2.0)
+    killed = replace(ALIVE, rank=3, code=-9, seconds_dead=1.0)
+    verdict = judge([_node(0, peer), _node(1, killed)], {}, LIMITS)
+    assert verdict is not None
+    assert (verdict.outcome, verdict.rank, verdict.host) == ("failed", 3, "n2")
+    assert verdict.cause == "ended by SIGKILL"
+
+
+def test_of_ranks_that_failed_the_longest_dead_is_named() -> None:
+    late, early = (
+        replace(ALIVE, rank=rank, code=1, seconds_dead=dead) for rank, dead in ((0, 0.5), (1, 0.9))
+    )
+    verdict = judge([_node(0, late, early)], {}, LIMITS)
+    assert verdict is not None
+    assert verdict.rank == 1
+
+
+def test_what_the_ranks_refuse_is_told_from_what_fails() -> None:
+    verdict = judge([_node(0, replace(ALIVE, code=2))], {}, LIMITS)
+    assert verdict is not None
+    assert verdict.outcome == "refused"
+
+
+def test_a_silent_node_is_lost_and_one_that_has_ended_is_not() -> None:
+    verdict = judge([_node(0, ALIVE), _node(1, ALIVE)], {0: 0.1, 1: 5.1}, LIMITS)
+    assert verdict is not None
+    assert (verdict.outcome, verdict.host) == ("lost", "n2")
+    assert judge([_node(0, replace(ALIVE, code=0), ended=True)], {0: 99.0}, LIMITS) is None
+
+
+@pytest.mark.parametrize(
+    ("beats", "still", "hung"), [(0, 11.0, False), (0, 61.0, True), (5, 9.0, False), (5, 11.0, True)]
+)
+def test_a_rank_may_boot_for_longer_than_it_may_take_a_step(beats: int, still: float, hung: bool) -> None:
+    verdict = judge([_node(0, replace(ALIVE, beats=beats, still_seconds=still))], {}, LIMITS)
+    assert (verdict is not None) == hung
+
+
+def test_of_a_hang_the_halted_rank_is_the_culprit() -> None:
+    waiting = replace(ALIVE, stack=IN_COLLECTIVE)
+    verdict = culprit([_node(0, waiting), _node(1, replace(ALIVE, rank=1, stopped=True))])
+    assert (verdict.rank, verdict.host) == (1, "n2")
+    assert "SIGSTOP" in verdict.cause
+
+
+def test_of_a_hang_the_rank_outside_of_the_collective_is_the_culprit_and_where_it_is() -> None:
+    waiting = [replace(ALIVE, rank=rank, stack=IN_COLLECTIVE) for rank in (0, 1, 3)]
+    reading = replace(ALIVE, rank=2, stack=IN_READ)
+    verdict = culprit([_node(0, *waiting[:2]), _node(1, reading, waiting[2])])
+    assert (verdict.rank, verdict.host) == (2, "n2")
+    assert "read (/x/moe/data/loader.py:88) while 3 others wait" in verdict.cause
+
+
+def test_of_a_hang_the_rank_that_does_not_answer_is_the_culprit() -> None:
+    verdict = culprit([_node(0, replace(ALIVE, stack=IN_COLLECTIVE), replace(ALIVE, rank=1))])
+    assert verdict.rank == 1
+
+
+def test_attempts_without_a_new_checkpoint_are_counted_from_the_last() -> None:
+    failed = Attempt(1, "t", ("a",), 0.0, 10, ended=1.0, outcome="failed", to_step=10)
+    assert fruitless([]) == 0
+    assert fruitless([failed, failed, failed]) == 3
+    assert fruitless([failed, replace(failed, to_step=20), failed]) == 1
+    assert fruitless([failed, replace(failed, outcome="saved"), failed, failed]) == 2
+
+
+@pytest.fixture
+def plan(tmp_path: Path) -> Plan:
+    return Plan("slurm", str(tmp_path / "run"), str(tmp_path), sys.executable, 2, 4, cpus_per_rank=3)
+
+
+def test_a_plan_and_an_attempt_are_read_as_they_were_written(plan: Plan, tmp_path: Path) -> None:
+    folder = LaunchFolder(tmp_path / "run")
+    folder.home.mkdir(parents=True)
+    plan = replace(plan, hosts=("a", "b"), environment={"A": "1"}, limits=LIMITS)
+    folder.write_plan(plan)
+    assert folder.plan() == plan
+    attempt = Attempt(1, "token", ("a", "b"), 5.0, 10)
+    folder.attempt_folder(1).mkdir()
+    folder.write_attempt(attempt)
+    assert folder.attempts() == [attempt]
+    report = _node(1, replace(ALIVE, stack=IN_READ))
+    folder.write_report(1, report)
+    assert folder.reports(1) == [report]
+
+
+def test_a_batch_script_asks_for_what_was_asked_for_and_passes_shellcheck(plan: Plan, tmp_path: Path) -> None:
+    request = Request(
+        "demo", gpus_per_node=4, partition="main", time="1:00:00", spares=1, modules=("cuda/12",)
+    )
+    page = script(LaunchFolder(tmp_path / "run"), plan, request, {"PATH": "/bin:/my bin"})
+    for line in (
+        "nodes=3",
+        "gpus-per-node=4",
+        "cpus-per-task=12",
+        "partition=main",
+        "signal=B:USR1@300",
+        "requeue",
+    ):
+        assert f"#SBATCH --{line}\n" in page
+    assert "module load cuda/12\nexport PATH='/bin:/my bin'\n" in page
+    assert "--account" not in page
+    subprocess.run(["bash", "-n"], input=page, text=True, check=True)
+    if shutil.which("shellcheck"):
+        subprocess.run(["shellcheck", "--shell=bash", "-"], input=page, text=True, check=True)
+
+
+@pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
+def test_the_scripts_pass_shellcheck() -> None:
+    scripts = [
+        str(path) for path in Path(start.__file__).parent.rglob("*") if path.suffix in (".sh", ".sbatch")
+    ]
+    assert scripts
+    subprocess.run(["shellcheck", *scripts], check=True)
+
+
+def test_an_agent_is_started_once_a_node_under_every_launcher(plan: Plan, tmp_path: Path) -> None:
+    folder, attempt = LaunchFolder(tmp_path / "run"), Attempt(3, "t", ("a", "b"), 0.0, 0)
+    (srun,) = start.commands(folder, plan, attempt)
+    assert srun[0] == "srun"
+    assert {"--ntasks-per-node=1", "--nodelist=a,b", "--ntasks=2", "--cpus-per-task=12"} <= set(srun)
+    one, two = start.commands(folder, replace(plan, kind="hosts", hosts=("a", "b")), attempt)
+    assert (one[-2], two[-2]) == ("a", "b")
+    assert two[-1].endswith("--attempt 3 --node 1")
+    (deepspeed,) = start.commands(folder, replace(plan, kind="hosts", pdsh=True), attempt)
+    assert "deepspeed.launcher.runner" in deepspeed
+    assert start.hostfile(attempt, 4).endswith("a slots=1\nb slots=1\n")
+    (local,) = start.commands(folder, replace(plan, kind="local"), attempt)
+    assert local[0] == sys.executable
+
+
+@pytest.mark.parametrize(
+    ("page", "said"),
+    [
+        ("a slots=2\nb slots=4\n", "different numbers of slots"),
+        ("a slots=two\n", "line 1: 'a slots=two' is no"),
+        ("a\na\n", "names a twice"),
+        ("# none\n", "names no host"),
+    ],
+)
+def test_a_hostfile_is_refused_with_its_fault(page: str, said: str, tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text(page)
+    with pytest.raises(LaunchError, match=said):
+        hosts.read(str(path))
+
+
+def test_a_hostfile_gives_hosts_and_slots(tmp_path: Path) -> None:
+    path = tmp_path / "hostfile"
+    path.write_text("# ours\nn1 slots=8\nn2 slots=8  # the new one\n")
+    assert hosts.read(str(path)) == (("n1", "n2"), 8)
+    assert hosts.read("n1,n2") == (("n1", "n2"), None)
+
+
+def test_an_attempt_that_was_replaced_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    attempts.check_owner(tmp_path)  # a rank that nobody owns
+    (tmp_path / "launch").mkdir()
+    monkeypatch.setenv(attempts.OWNER, "1 abc")
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        attempts.check_owner(tmp_path)
+    write_text(tmp_path / "launch/owner", "1 abc\n")
+    attempts.check_owner(tmp_path)
+    write_text(tmp_path / "launch/owner", "2 def\n")
+    with pytest.raises(CheckpointError, match="belongs to attempt 2 by now, this is attempt 1"):
+        attempts.check_owner(tmp_path)
+
+
+def test_beats_tell_the_step_and_count_on(tmp_path: Path) -> None:
+    path = tmp_path / "beat"
+    beat = attempts.beats(2, {attempts.BEAT: str(path)})
+    assert path.read_text().split() == ["2", "1"]
+    beat(3)
+    assert path.read_text().split() == ["3", "2"]
+    attempts.beats(4, {})(5)
+
+
+def test_a_process_shows_its_stacks_when_asked(tmp_path: Path) -> None:
+    program = (
+        "from moe import attempt; import time; attempt.show_stacks_on_request(); print(1, flush=True); "
+        "time.sleep(60)"
+    )
+    path = tmp_path / "stacks"
+    env = {**os.environ, attempts.STACKS: str(path)}
+    process = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.PIPE)
+    try:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.send_signal(signal.SIGUSR2)
+        end = time.monotonic() + 20
+        while "most recent call first" not in path.read_text():
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_explain_tells_each_attempt_and_the_first_failing_rank(tmp_path: Path) -> None:
+    folder = LaunchFolder(tmp_path)
+    first = Attempt(
+        *(1, "t", ("n1", "n2"), 100.0, 10, "7", 130.0, "failed", 3, "n2", "ended by SIGKILL", 17, 10),
+        then="started again",
+    )
+    second = Attempt(2, "u", ("n1", "n2"), 131.0, 10, "7")
+    for attempt in (first, second):
+        folder.attempt_folder(attempt.number).mkdir(parents=True)
+        folder.write_attempt(attempt)
+    lines = list(story(folder))
+    assert lines[0] == (
+        "attempt 1 on n1, n2 (job 7) from step 10: failed after 30 s at step 17: rank 3 on n2: ended by SIGKILL; "
+        "7 steps lost; started again"
+    )
+    assert lines[-1] == "not done; newest checkpoint: step 0"
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--on", "hosts"], "give --hosts"),
+        (["--partition", "main"], "--partition means something with --on slurm alone"),
+        (["--nodes", "2"], "this machine alone"),
+        (["--gpus-per-node", "2", "--ranks-per-node", "2"], "Give one of them"),
+    ],
+)
+def test_options_that_cannot_be_are_refused(
+    options: list[str], said: str, tiny_page: dict[str, object], write_recipe: object
+) -> None:
+    path = write_recipe(tiny_page)  # type: ignore[operator]
+    result = CliRunner().invoke(turnout, ["launch", str(path), *options])
+    assert isinstance(result.exception, LaunchError)
+    assert said in str(result.exception)
+
+
+def test_a_folder_that_was_never_launched_is_refused(tmp_path: Path) -> None:
+    result = CliRunner().invoke(turnout, ["explain", str(tmp_path)])
+    assert "was not started by `turnout launch`" in str(result.exception)
+
+
+def test_a_testbed_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    with pytest.raises(LaunchError, match="you are not root"):
+        testbed.check(slurm=False)
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    with pytest.raises(LaunchError, match="apt install --no-install-recommends iproute2 munge"):
+        testbed.check(slurm=True)
+
+
+def test_the_next_attempt_waits_for_the_lock_of_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = (
+        "import sys, time, pathlib\nfrom moe.checkpoint.lock import held\n"
+        "with held(pathlib.Path(sys.argv[1])):\n    print(1, flush=True)\n    time.sleep(1)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.readline()
+    with pytest.raises(CheckpointError, match="is in use"), held(tmp_path):
+        pass
+    monkeypatch.setenv(attempts.OWNER, "2 abc")
+    (tmp_path / "launch").mkdir()
+    write_text(tmp_path / "launch/owner", "2 abc\n")
+    with held(tmp_path):
+        pass
+    process.communicate()
+
+
+def _well(**more: object) -> dict[str, object]:
+    return {
+        "versions": {"torch": "2.13", "turnout": "0.1"},
+        "clock": 0.01,
+        "clock_error": 0.1,
+        "folder_fault": "",
+        "free_bytes": 10**12,
+        "taken": [],
+    } | more
+
+
+def test_a_doctor_finds_nothing_wrong_with_sound_hosts() -> None:
+    speeds = {("a", "b"): 400.0, ("a", "c"): 300.0, ("b", "c"): 900.0}
+    assert diagnose({"a": _well(), "b": _well(clock=1.0), "c": _well()}, speeds, 10**9) == []
+
+
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ({"versions": {"torch": "2.12", "turnout": "0.1"}}, "torch is 2.12, but 2.13 elsewhere"),
+        ({"clock": 7.0}, "its clock is off by +7.0 s"),
+        ({"folder_fault": "/data: Read-only file system"}, "/data: Read-only file system"),
+        ({"free_bytes": 10**8}, "0.10 GB are free, but 1.00 GB are wanted"),
+        ({"taken": [29500]}, "port 29500 is taken"),
+        ({"fault": "it does not answer: no route to host"}, "it does not answer: no route to host"),
+    ],
+)
+def test_a_doctor_names_the_host_with_a_fault(fault: dict[str, object], said: str) -> None:
+    found = diagnose({"a": _well(), "b": _well(), "c": _well(**fault)}, {}, 10**9)
+    assert found == [Finding("c", said)]
+
+
+@pytest.mark.parametrize("sound", ["ab", "abd"])
+def test_a_doctor_finds_the_host_behind_the_slow_link(sound: str) -> None:
+    speeds = {pair: 425.0 if "c" not in pair else 9.0 for pair in combinations(f"{sound}c", 2)}
+    found = diagnose(dict.fromkeys(f"{sound}c", _well()), speeds, 10**9)
+    assert [finding.host for finding in found] == ["c"]
+
+
+@pytest.mark.parametrize("nodes", [2, 3, 4, 7])
+def test_a_doctor_measures_every_pair_once_and_no_host_twice_at_a_time(nodes: int) -> None:
+    pairs = []
+    for together in rounds(nodes):
+        busy = [node for pair in together for node in pair]
+        assert len(busy) == len(set(busy))
+        pairs += together
+    assert sorted(pairs) == sorted((low, high) for high in range(nodes) for low in range(high))
