@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         cross_entropy, further = self.head(h_BSD, labels_BS, mask_BS), None
         if self.training and len(self.predictions):
             # Labels are the tokens that follow, where they are predicted; elsewhere the input has them.
-            next_BS = torch.where(labels_BS < 0, ahead(input_ids_BS, documents), labels_BS)
+            next_BS = torch.where(labels_BS < 0, following(input_ids_BS, documents), labels_BS)
             next_BS = next_BS if mask_BS is None else next_BS * mask_BS
             further, more = self._foretell(h_BSD, turn, next_BS, labels_BS, mask_BS, jitter, documents)
             records += more
