@@ -47,10 +47,13 @@ class Prediction(nn.Module):
         return y_BSD, record
 
 
-def ahead(x_BS: Tensor, documents: Documents | None = None) -> Tensor:
-    """[B, S] -> [B, S]: what stands at the next position; zero (False) where a sequence, or a document, has ended."""
-    if documents is not None:
-        return documents.ahead(x_BS)
+def ahead(x_BS: Tensor, positions: int) -> Tensor:
+    """[B, S] -> [B, S]: what stands so many positions later; zeros (False) where a sequence has ended."""
     later = torch.zeros_like(x_BS)
-    later[:, :-1] = x_BS[:, 1:]
+    later[:, : x_BS.shape[1] - positions] = x_BS[:, positions:]
     return later
+
+
+def following(x_BS: Tensor, documents: Documents | None) -> Tensor:
+    """What stands at the next position; zero (False) where a sequence, or a document, has ended."""
+    return ahead(x_BS, 1) if documents is None else documents.ahead(x_BS)

@@ -14,7 +14,7 @@ from moe.model.block import Block
 from moe.model.documents import Documents
 from moe.model.head import Head
 from moe.model.norm import norm
-from moe.model.prediction import Prediction, ahead
+from moe.model.prediction import Prediction, following
 from moe.model.rope import Rotation, rotation
 from moe.model.ulysses import SequenceGroup
 from moe.sparse import Capacity, Dispatcher, ExpertLayout, Jitter, RoutingRecord
@@ -100,7 +100,7 @@ class Transformer(nn.Module):
         cross_entropy, further = self.head(h_BSD, labels_BS, mask_BS), None
         if self.training and len(self.predictions):
             # Labels are the tokens that follow, where they are predicted; elsewhere the input has them.
-            next_BS = torch.where(labels_BS < 0, ahead(input_ids_BS, documents), labels_BS)
+            next_BS = torch.where(labels_BS < 0, following(input_ids_BS, documents), labels_BS)
             next_BS = next_BS if mask_BS is None else next_BS * mask_BS
             further, more = self._foretell(h_BSD, turn, next_BS, labels_BS, mask_BS, jitter, documents)
             records += more
@@ -123,8 +123,8 @@ class Transformer(nn.Module):
             next_BSD = self._embed(next_BS)
             noise = jitter and jitter.of_layer(self.config.num_layers + depth)
             h_BSD, record = self._run(module, noise, documents, h_BSD, next_BSD, turn, mask_BS)
-            next_BS, labels_BS = ahead(next_BS, documents), ahead(labels_BS, documents)
-            kept_BS = kept_BS & ahead(kept_BS, documents)
+            next_BS, labels_BS = following(next_BS, documents), following(labels_BS, documents)
+            kept_BS = kept_BS & following(kept_BS, documents)
             nats = nats + self.head(h_BSD, labels_BS, kept_BS)
             records.append(record)
         return nats / len(self.predictions), records
