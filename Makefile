@@ -6,7 +6,7 @@ BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench study test test-all parity check format lock clean
+.PHONY: help venv demo bench study test test-all test-cluster parity check format lock clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -37,7 +37,10 @@ test: venv  ## The tests, with real 2- and 4-process runs, under 15 minutes on 2
 	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: venv  ## The slow tests that `make test` leaves out
-	$(OFFLINE) $(BIN)/python -m pytest -m slow -n 2 --dist loadfile --no-loadscope-reorder
+	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not cluster" -n 2 --dist loadfile --no-loadscope-reorder
+
+test-cluster: venv  ## Launches on a testbed of namespaces, with every fault we can plant; as root, a quarter of an hour
+	$(OFFLINE) $(BIN)/python -m pytest -m cluster
 
 parity: venv  ## The layout parity, more of it than `make test` has, as a table: 151 layouts beside one process; half an hour
 	$(OFFLINE) $(BIN)/python -m tests.dist.parity

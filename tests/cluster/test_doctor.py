@@ -9,7 +9,7 @@ import pytest
 from launch.testbed.machines import Machines
 from tests.cluster.conftest import Place
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 HOSTS = ["--hosts", "n1,n2,n3"]
 
 

@@ -28,6 +28,7 @@ def test_through_slurm_a_run_has_the_bits_of_the_local_one(place: Place, expecte
     assert [attempt.outcome for attempt in place.attempts("runs/slurm")] == ["done"]
 
 
+@pytest.mark.cluster
 def test_a_killed_rank_is_named_and_the_run_goes_on_in_its_allocation(
     place: Place, expected: dict[int, float]
 ) -> None:
@@ -58,6 +59,7 @@ def _preempt(place: Place, job: str) -> None:
 
 
 @pytest.mark.parametrize("ask", [_usr1, _requeue, _preempt])
+@pytest.mark.cluster
 def test_asked_to_make_way_it_saves_and_is_requeued_without_a_step_lost(
     ask: Callable[[Place, str], None], place: Place, expected: dict[int, float]
 ) -> None:
@@ -71,6 +73,7 @@ def test_asked_to_make_way_it_saves_and_is_requeued_without_a_step_lost(
     assert first.to_step == first.last_step == second.from_step
 
 
+@pytest.mark.cluster
 def test_a_halted_rank_is_found_within_the_limit_and_named_with_its_stack(
     place: Place, expected: dict[int, float]
 ) -> None:
@@ -87,6 +90,7 @@ def test_a_halted_rank_is_found_within_the_limit_and_named_with_its_stack(
     assert "most recent call first" in (stacks / "rank_0.stack").read_text()
 
 
+@pytest.mark.cluster
 def test_stop_saves_and_ends_one_run_and_leaves_another_on_the_same_hosts(
     place: Place, expected: dict[int, float]
 ) -> None:
@@ -104,6 +108,7 @@ def test_stop_saves_and_ends_one_run_and_leaves_another_on_the_same_hosts(
     assert [attempt.outcome for attempt in place.attempts("runs/other")] == ["done"]
 
 
+@pytest.mark.cluster
 def test_ranks_end_when_their_supervisor_is_killed(place: Place, expected: dict[int, float]) -> None:
     process = place.start("runs/orphan", "pdsh", "--lease", "4", "train.steps=100000")
     wait(lambda: place.step("runs/orphan") >= 2, "step 2")
@@ -115,6 +120,7 @@ def test_ranks_end_when_their_supervisor_is_killed(place: Place, expected: dict[
     wait(lambda: place.survivors("runs/orphan") == [], "every process of the run to end", seconds=10)
 
 
+@pytest.mark.cluster
 def test_a_crashed_node_is_replaced_by_a_spare(place: Place, expected: dict[int, float]) -> None:
     place.launch("runs/spare", "slurm", "--spares", "1", "--lease", "5")
     wait(lambda: place.step("runs/spare") >= 12, "step 12")

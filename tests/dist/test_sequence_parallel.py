@@ -18,7 +18,7 @@ from moe.data.loader import Batch
 from moe.data.shards import TokenData
 from moe.dist import Ranks, consecutive
 from moe.model import ModelOutput, SequenceGroup, Transformer, initialize
-from moe.model.attention import Attention
+from moe.model.attention import Attention, attention
 from moe.model.rope import rotation
 from tests.dist.layouts import LENGTH, VOCAB, batches, curve, ranks_of, start, tiny, train
 from tests.harness import run_ranks
@@ -36,14 +36,14 @@ def _drawn(*shape: int, seed: int) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-def _attended(attention: Attention, config: ModelConfig, x_BPD: Tensor, up_BPD: Tensor) -> list[Tensor]:
+def _attended(mixer: Attention, config: ModelConfig, x_BPD: Tensor, up_BPD: Tensor) -> list[Tensor]:
     """Output, gradient of the input, gradients of the weights."""
     x_BPD = x_BPD.clone().requires_grad_()
     turn = rotation(12, config.head_dim, config.attention.rope_theta, x_BPD.device)
-    y_BPD = attention(x_BPD, turn)
+    y_BPD = mixer(x_BPD, turn)
     y_BPD.backward(up_BPD)
     assert x_BPD.grad is not None
-    return [y_BPD.detach(), x_BPD.grad, *(p.grad for p in attention.parameters() if p.grad is not None)]
+    return [y_BPD.detach(), x_BPD.grad, *(p.grad for p in mixer.parameters() if p.grad is not None)]
 
 
 def _attention_in_parts(rank: int, size: int) -> None:
@@ -57,12 +57,12 @@ def _attention_in_parts(rank: int, size: int) -> None:
 
     x_BSD, up_BSD = _drawn(2, 12, 48, seed=1), _drawn(2, 12, 48, seed=2)
     here = Ranks(rank=rank, world_size=size, sequence_parallel_size=size).positions(12)
-    for attention in ATTENTIONS.values():
-        config = ModelConfig(vocab_size=8, hidden_size=48, num_layers=1, intermediate_size=8, attention=attention)
-        whole = Attention(config).double()
+    for heads in ATTENTIONS.values():
+        config = ModelConfig(vocab_size=8, hidden_size=48, num_layers=1, intermediate_size=8, attention=heads)
+        whole = attention(config, 0).double()
         for index, parameter in enumerate(whole.parameters()):
             nn.init.normal_(parameter, std=0.3, generator=torch.Generator().manual_seed(index))
-        ours = Attention(config, group).double()
+        ours = attention(config, 0, group).double()
         ours.load_state_dict(whole.state_dict())
         y, grad, *weights = _attended(whole, config, x_BSD, up_BSD)
         y_here, grad_here, *weights_here = _attended(ours, config, x_BSD[:, here], up_BSD[:, here])
