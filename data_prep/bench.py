@@ -150,9 +150,9 @@ def _bench(
         }
         runs: dict[str, list[dict[str, float]]] = {name: [] for name in here}
         for number in range(rounds):
-            for name, contender in here.items():
+            for place_of, (name, contender) in enumerate(here.items()):
                 mine = files[:workers] if contender.is_slow else files
-                found = _child(name, tokenizer, Path(place) / f"{number}-{len(runs[name])}", workers, mine)
+                found = _child(name, tokenizer, Path(place) / f"{number}-{place_of}", workers, mine)
                 size = sum(path.stat().st_size for path in _texts(mine)) / 1e6
                 runs[name].append({**found, "MB": size})
                 log.get().info("round %d, %s: %.1f MB in %.1f s", number + 1, name, size, found["wall"])

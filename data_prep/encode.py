@@ -3,6 +3,7 @@
 from collections import Counter
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from data_prep.recipe import BpeTokenizer, ExistingTokenizer, ValidationSplit
 from data_prep.records import Facts
 from data_prep.splits import SplitWriter
 from data_prep.verdicts import REASONS
-from moe.data.shards import TOKENIZER_NAME, Split, token_dtype
+from moe.data.shards import TOKENIZER_NAME, FileStamp, Split, token_dtype
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
 
@@ -75,7 +76,8 @@ class Encode:
     shard_tokens: int
 
     def __call__(self, folder: Path) -> Facts:
-        encoder = _encoder(self.tokenizer, self.eos_token, self.pad_token, self.fast)
+        page = FileStamp.of(self.tokenizer / "tokenizer.json").xxh3_128
+        encoder = _encoder(self.tokenizer, page, self.eos_token, self.pad_token, self.fast)
         verdicts_D = self.part.load()
         dtype = token_dtype(encoder.vocabulary.size)
         dropped: dict[str, Counter[str]] = {}
@@ -107,6 +109,7 @@ class Encode:
         }
 
 
-def _encoder(folder: Path, eos_token: str, pad_token: str, fast: bool) -> Encoder:
+@lru_cache(maxsize=1)  # a worker encodes part after part; `page`, a hash, is there for the key
+def _encoder(folder: Path, page: str, eos_token: str, pad_token: str, fast: bool) -> Encoder:
     config = ExistingTokenizer(type="file", path=str(folder), eos_token=eos_token, pad_token=pad_token)
     return Encoder(vocabulary.load(config), fast=fast)

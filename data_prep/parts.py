@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +69,14 @@ class PartWriter:
                 use_dictionary=False,
                 write_statistics=False,
             )
-        texts = pa.array(self._texts, pa.large_binary()).cast(pa.large_string())
-        self._file.write_batch(pa.record_batch([texts, pa.array(self._rows, pa.int64())], schema=_SCHEMA))
+        # From buffers, since pa.array of a list imports pandas first, and the texts are known to be UTF-8.
+        ends_D = np.cumsum([0, *map(len, self._texts)], dtype=np.int64)
+        buffers = [None, pa.py_buffer(ends_D), pa.py_buffer(b"".join(self._texts))]
+        texts = pa.Array.from_buffers(pa.large_string(), len(self._texts), buffers)
+        rows = pa.Array.from_buffers(
+            pa.int64(), len(self._rows), [None, pa.py_buffer(np.array(self._rows, dtype=np.int64))]
+        )
+        self._file.write_batch(pa.record_batch([texts, rows], schema=_SCHEMA))
         self._documents += len(self._texts)
         self._bytes += self._waiting
         self._texts, self._rows, self._waiting = [], [], 0
@@ -89,7 +96,12 @@ def texts(path: Path) -> Iterator[list[bytes]]:
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["text"], use_threads=False)
-            yield table.column(0).cast(pa.large_binary()).to_pylist()
+            column = pa.concat_arrays(table.column(0).chunks)
+            assert column.offset == 0
+            _, ends, letters = column.buffers()
+            ends_D = np.frombuffer(ends, dtype=np.int64)[: len(column) + 1].tolist()
+            whole = letters.to_pybytes() if letters is not None else b""
+            yield [whole[start:end] for start, end in pairwise(ends_D)]
 
 
 def kept(path: Path, verdicts_D: npt.NDArray[np.uint8] | None) -> Iterator[list[bytes]]:

@@ -119,11 +119,19 @@ def _mark_files(files: Sequence[Path], folder: Path) -> None:
         np.save(folder / f"{path.stem}.npy", np.concatenate(found, axis=1))
 
 
+def _sha1() -> Any:
+    """The default is xxhash by strings, which xxhash 4 refuses and this project needs."""
+    from datatrove.pipeline.dedup.minhash import MinhashConfig
+    from datatrove.utils.hashing import HashConfig
+
+    return MinhashConfig(hash_config=HashConfig(precision=64, hash_fc="sha1"))
+
+
 def datatrove_signatures(files: Sequence[Path], tokenizer: Path, folder: Path, workers: int) -> None:
     """MinHash signatures of datatrove as they are by default, for English."""
     from datatrove.pipeline.dedup import MinhashDedupSignature
 
-    _datatrove(files, folder, workers, MinhashDedupSignature(str(folder / "signatures")))
+    _datatrove(files, folder, workers, MinhashDedupSignature(str(folder / "signatures"), _sha1()))
 
 
 def datatrove_signatures_fast(files: Sequence[Path], tokenizer: Path, folder: Path, workers: int) -> None:
@@ -132,4 +140,6 @@ def datatrove_signatures_fast(files: Sequence[Path], tokenizer: Path, folder: Pa
 
     from data_prep.words import Words
 
-    _datatrove(files, folder, workers, MinhashDedupSignature(str(folder / "signatures"), language=Words()))  # type: ignore[arg-type,unused-ignore]  # it takes words too
+    _datatrove(
+        files, folder, workers, MinhashDedupSignature(str(folder / "signatures"), _sha1(), language=Words())
+    )  # type: ignore[arg-type,unused-ignore]  # it takes words too

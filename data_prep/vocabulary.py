@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,11 @@ class Vocabulary:
     pad_token: str
     files: tuple[Path, ...] = ()
 
-    @property
+    @cached_property
     def eos_id(self) -> int:
         return self._id(self.eos_token)
 
-    @property
+    @cached_property
     def size(self) -> int:
         """One more than the highest id."""
         return 1 + max(self.tokenizer.get_vocab(with_added_tokens=True).values())
