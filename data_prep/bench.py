@@ -126,7 +126,6 @@ def one(name: str, tokenizer: Path, folder: Path, workers: int, files: tuple[Pat
     figures = {
         "wall": wall,
         "cpu": sum(use.ru_utime + use.ru_stime for use in uses),
-        "megabytes of memory": max(use.ru_maxrss for use in uses) / 1024,
     }
     click.echo(json.dumps(figures))
 
@@ -175,12 +174,11 @@ def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
         "MB": runs[0]["MB"],
         "MB/s": statistics.median(run["MB"] / run["wall"] for run in runs),
         "MB per CPU second": statistics.median(run["MB"] / run["cpu"] for run in runs),
-        "megabytes of memory": statistics.median(run["megabytes of memory"] for run in runs),
     }
 
 
 def _print(figures: dict[str, Any]) -> None:
-    table = Table("", "MB", "MB/s", "MB per CPU second", "memory, MB")
+    table = Table("", "MB", "MB/s", "MB per CPU second")
     for name, row in figures["rows"].items():
         table.add_row(name, *(f"{value:,.1f}" for value in row.values()))
     console = Console(width=110)
