@@ -64,7 +64,6 @@ MODELS: dict[str, dict[str, Any]] = {
             "head_dim": 12,
             "qkv_bias": True,
             "qk_norm": "full",
-            "clip_qkv": 2.0,  # active, and with no value so near it that rounding decides, as it would a tie
             "rope_fraction": 0.5,
             "output_gate": True,
             "scale": 0.4,
@@ -277,8 +276,8 @@ def _sharing_sequences() -> list[Layout]:
 
 
 def quick() -> list[Layout]:
-    """Half of the matrix, with every world size, EP, stage and accumulation: what `make test` has time for."""
-    return [layout for turn, layout in enumerate(matrix()) if turn % 4 in (0, 3)]
+    """A quarter of the matrix, with every world size, EP, stage and accumulation: what `make test` has time for."""
+    return [layout for turn, layout in enumerate(matrix()) if turn % 4 == 0]
 
 
 def everything() -> list[Layout]:

@@ -30,6 +30,8 @@ TARGETS: dict[str, list[str]] = {"all": ALL, "experts": ["experts"], "attention"
 LAYOUTS = [(1, 0), (1, 1), (2, 1), (2, 2), (1, 3), (2, 3)]
 """(EP, ZeRO), on 2 ranks."""
 HALF, END = 4, 8
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 ADAPTERS = 2
 
 

@@ -326,7 +326,7 @@ def test_layer_equals_reference_on_several_ranks(world_size: int, ep: int, tmp_p
     run_ranks(_check, world_size, tmp_path, world_size, ep, CASES)
 
 
-@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2), (4, 4)])
+@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
 def test_every_combination_of_switches_equals_reference(world_size: int, ep: int, tmp_path: Path) -> None:
     """Score x normalisation x groups x bias x capacity x shared expert, and who chooses: 252 on 1, 2 and 4 ranks."""
     assert len(COMBINATIONS) == 216 + 36

@@ -66,6 +66,7 @@ def _losses(run: Path) -> list[float]:
     return [record["loss"] for record in records if "loss" in record]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_conversations_become_adapters_that_stock_code_loads(tmp_path: Path) -> None:
     chats = [_turns(f"what is {n} and {n}?", f"{2 * n}, of course") for n in range(60)]

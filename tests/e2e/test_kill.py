@@ -23,6 +23,7 @@ def _state(run: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_killed_and_resumed_equals_straight_to_the_bit(place: Place) -> None:  # noqa: F811  (the fixture)
     straight = place.losses(COMMAND, "runs/straight", *SETTINGS)

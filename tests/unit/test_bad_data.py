@@ -268,7 +268,7 @@ def test_a_run_that_comes_second_does_not_replace_the_first(
     tmp_path: Path, yard: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.copytree(yard / PREPARED, tmp_path / PREPARED)
-    monkeypatch.setattr(prepare, "_up_to_date", lambda *_: False)  # it looked before the first one was done
+    monkeypatch.setattr(prepare, "up_to_date", lambda *_: False)  # it looked before the first one was done
     refused(run(tmp_path, _recipe(tmp_path, yard)), "another run has just filled it", "--overwrite")
     assert contents(tmp_path / PREPARED) == contents(yard / PREPARED)
 

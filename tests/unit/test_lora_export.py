@@ -88,7 +88,12 @@ def _same(found: Tensor, expected: Tensor, within: float = 1e-5) -> bool:
     return bool((found - expected).abs().max() <= within * expected.abs().max())
 
 
-@pytest.mark.parametrize("case", CASES)
+QUICK = ("qwen3_moe", "mixtral", "llama", "deepseek_v3", "gpt_oss")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=() if case in QUICK else pytest.mark.slow) for case in CASES]
+)
 def test_merged_and_by_peft_a_stock_model_gives_the_adapted_logits(case: str, tmp_path: Path) -> None:
     _, config = CASES[case]
     run, transformer = _adapted(config)
