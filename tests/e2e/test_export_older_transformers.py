@@ -20,13 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 OLDER = "4.57.6"
 
-ABSENT = {
-    "afmoe": "since 5.0",
-    "exaone_moe": "since 5.1",
-    "glm4_moe_lite": "since 5.0",
-    "minimax_m2": "since 5.0",
-    "solar_open": "since 5.0",
-}
+ABSENT = {"afmoe", "exaone_moe", "glm4_moe_lite", "minimax_m2", "solar_open"}
 """Architectures that it does not know."""
 REFUSED = {
     "olmo2, linear": "it wants rope_scaling in the spelling of 4.3x, and knows linear and dynamic alone"
@@ -55,7 +49,9 @@ def older_python(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_older_release_gives_our_logits_for_every_architecture(
     older_python: Path, tmp_path: Path
 ) -> None:
-    folders = {name: tmp_path / f"case{number}" for number, name in enumerate(CASES)}
+    # Of gpt_oss the limit of these cases is silently another there; the imported ones below have its own too.
+    known = [name for name, (model_type, _) in CASES.items() if model_type not in {*ABSENT, "gpt_oss"}]
+    folders = {name: tmp_path / f"case{number}" for number, name in enumerate(known)}
     for name, folder in folders.items():
         _export(name, folder)
     # The control: without the older spelling it loads, says nothing, and computes something else.
