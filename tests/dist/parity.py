@@ -55,9 +55,6 @@ MODELS: dict[str, dict[str, Any]] = {
         "tie_embeddings": True,
         "norm": "layer",
         "norm_placement": "sandwich",
-        "embedding_multiplier": 3.0,
-        "residual_multiplier": 0.7,
-        "logit_divisor": 1.5,
         "attention": {
             "num_heads": 4,
             "num_kv_heads": 1,
@@ -84,6 +81,9 @@ MODELS: dict[str, dict[str, Any]] = {
         "moe": DEEPSEEK["moe"],
     },
     "GPT-OSS, latent": {
+        "embedding_multiplier": 3.0,
+        "residual_multiplier": 0.7,
+        "logit_divisor": 1.5,
         "attention": {
             "num_heads": 4,
             "num_kv_heads": 2,
