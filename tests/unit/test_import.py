@@ -399,6 +399,7 @@ def test_a_run_is_one_with_what_it_began_with(native: Path, data: Path, tmp_path
             check_identity(run.model_copy(update={"init_from": other}), "")
 
 
+@pytest.mark.slow
 def test_a_run_begins_with_an_import_goes_on_without_it_and_is_one_to_begin_with(
     native: Path, data: Path, tmp_path: Path
 ) -> None:
