@@ -147,7 +147,7 @@ def _table(run: RunConfig, results: Mapping[str, Any], export: Path, picture: Pa
     from rich.console import Console
     from rich.table import Table
 
-    from moe.report.records import read
+    from moe.records import read
 
     records = read(run.folder / "metrics.jsonl")
     speeds = sorted(records.column("tokens_per_second")[1])

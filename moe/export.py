@@ -6,12 +6,12 @@ Adapters are merged into the weights, or written for `peft` with `--adapter`.
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from moe import figures, log
-from moe.errors import ConfigError, ExportError, clean_exit
+from moe import figures, log, records
+from moe.errors import CheckpointError, ConfigError, ExportError, clean_exit
 
 if TYPE_CHECKING:
     from moe.config.lora import Target
@@ -134,7 +134,6 @@ def _run(
     from moe.checkpoint.read import SavedModel
     from moe.hf.card import Facts
     from moe.hf.write import write
-    from moe.metrics import evaluation
 
     saved = SavedModel.open(run_dir, step)
     page = certificate.find(saved.run, saved.folder)
@@ -149,11 +148,20 @@ def _run(
         max_shard_size=max_shard_size,
         facts=Facts(
             saved.manifest.data_fingerprint,
-            evaluation.last(run_dir, saved.step),
+            _evaluation(run_dir, saved.step),
             certificate.sentence(page) if page else "",
         ),
     )
     return saved, written, saved.step
+
+
+def _evaluation(run_dir: Path, step: int) -> dict[str, Any] | None:
+    """The record of the last evaluation up to a step; None: there is none, or none that can be read."""
+    try:
+        rows = records.read(run_dir / "metrics.jsonl").evaluation
+    except CheckpointError:
+        return None  # a card can do without
+    return next((row for row in reversed(rows) if row["step"] <= step), None)
 
 
 def _folder(

@@ -1,13 +1,14 @@
 """A run -> README.md beside its weights: what the model is, what it was trained on and how, and how to load it."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from moe import recipe
 from moe.config import RunConfig
 from moe.hf.family import Family
 from moe.hf.pages import TORCH_NAMES, Dtype
-from moe.metrics.evaluation import Evaluation
 
 
 @dataclass(frozen=True)
@@ -16,7 +17,8 @@ class Facts:
 
     data: str = ""
     """The fingerprint of the data's manifest."""
-    evaluation: Evaluation | None = None
+    evaluation: Mapping[str, Any] | None = None
+    """A record of metrics.jsonl."""
     certified: str = ""
     """What the run's certificate says."""
 
@@ -42,7 +44,8 @@ def card(family: Family, run: RunConfig, step: int, dtype: Dtype, facts: Facts) 
         rows["data"] = f"`{Path(run.data.path).name}`, manifest `{facts.data}`"
     if (seen := facts.evaluation) is not None:
         rows["evaluation"] = (
-            f"{seen.bits_per_byte:.4f} bits per byte, {seen.loss:.4f} nats per token held out, at step {seen.step:,}"
+            f"{seen['bits_per_byte']:.4f} bits per byte, {seen['validation_loss']:.4f} nats per token held out, "
+            f"at step {seen['step']:,}"
         )
     if facts.certified:
         rows["certificate"] = facts.certified

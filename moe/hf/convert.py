@@ -116,7 +116,7 @@ def moves(family: Family, model: ModelConfig) -> list[Move]:
     ):
         twice = [name for name, count in Counter(names).items() if count > 1]
         if twice:
-            raise ExportError(f"{family.model_type} names {_few(twice)} more than once: mend its row.")
+            raise ExportError(f"{family.model_type} names {few(twice)} more than once: mend its row.")
     return found
 
 
@@ -125,12 +125,12 @@ def check_names(plan: list[Move], names: Collection[str]) -> None:
     expected, present = {move.ours for move in plan}, set(names)
     if missing := sorted(expected - present):
         raise ExportError(
-            f"the saved model lacks {_few(missing)}, which its recipe calls for. Export a step that was saved "
+            f"the saved model lacks {few(missing)}, which its recipe calls for. Export a step that was saved "
             f"whole, with the recipe it was trained with."
         )
     if unknown := sorted(present - expected):
         raise ExportError(
-            f"the saved model holds {_few(unknown)}, which its recipe does not call for: the export would drop "
+            f"the saved model holds {few(unknown)}, which its recipe does not call for: the export would drop "
             f"them. Export it with the recipe it was trained with."
         )
 
@@ -221,5 +221,6 @@ def _misshapen(move: Move, pieces: int, shape: tuple[int, ...]) -> ExportError:
     )
 
 
-def _few(names: list[str]) -> str:
+def few(names: list[str]) -> str:
+    """The first three, and how many more."""
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -13,11 +13,11 @@ from moe.hf.convert import Move, moves
 from moe.hf.family import Family
 from moe.hf.intake import model_of
 from moe.hf.match import family_of
+from moe.hf.stream import INDEX, SINGLE
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 _IGNORED = ("rotary_emb.inv_freq",)
 """Ends of keys that old releases wrote and nobody reads."""
 

@@ -1,6 +1,5 @@
 """A stock config.json -> the row of the table and our model section, or what we have no switch for."""
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +12,7 @@ from moe.errors import CheckpointError, ConfigError
 from moe.hf.families import FAMILIES
 from moe.hf.family import NEUTRAL, SET, Family
 from moe.hf.match import differences
+from moe.hf.native import read_config
 
 _HARMLESS = {
     "attention_dropout",
@@ -39,7 +39,7 @@ def model_of(folder: Path) -> tuple[Family, ModelConfig]:
     Raises `CheckpointError`: no or a damaged config.json, an architecture that is not in the table, a setting that we
     have no switch for, quantised weights.
     """
-    page = _page(folder)
+    page = read_config(folder)
     family = next((family for family in FAMILIES if family.model_type == page.get("model_type")), None)
     if family is None:
         raise CheckpointError(
@@ -127,22 +127,6 @@ def _without_idle(page: dict[str, Any]) -> dict[str, Any]:
             page.pop("intermediate_size", None)
         if moe.get("num_expert_groups") is None:
             moe.pop("group_score", None)
-    return page
-
-
-def _page(folder: Path) -> dict[str, Any]:
-    path = folder / "config.json"
-    try:
-        page = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read ({error}). Give a folder that transformers has saved, with config.json, "
-            f"safetensors and a tokenizer."
-        ) from None
-    if not isinstance(page, dict):
-        raise CheckpointError(
-            f"{path} is not an object of settings. Give a folder that transformers has saved."
-        )
     return page
 
 

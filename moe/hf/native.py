@@ -16,6 +16,7 @@ from moe.config import ModelConfig
 from moe.config.base import build
 from moe.config.shape import shape_faults
 from moe.errors import CheckpointError, ConfigError
+from moe.hf.convert import few
 
 if TYPE_CHECKING:
     import torch
@@ -133,11 +134,11 @@ class NativeFolder:
         wanted = {key: tensor.piece_shape for tensor in self._stored.values() for key in tensor.keys}
         if missing := sorted(wanted.keys() - self._files.keys()):
             raise CheckpointError(
-                f"{self.path} lacks {_few(missing)}: it is not whole. Import the model again."
+                f"{self.path} lacks {few(missing)}: it is not whole. Import the model again."
             )
         if unknown := sorted(self._files.keys() - wanted.keys()):
             raise CheckpointError(
-                f"{self.path} holds {_few(unknown)}, which its model section has no place for. Import the model again."
+                f"{self.path} holds {few(unknown)}, which its model section has no place for. Import the model again."
             )
         for key, shape in wanted.items():
             found = self._files[key].shapes()[key]
@@ -157,10 +158,6 @@ def read_config(path: Path) -> dict[str, Any]:
             raise ValueError("it is no block of settings")
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{file} cannot be read ({error}). Give a folder that transformers or `turnout import` has written."
+            f"{file} cannot be read ({error}). Give a folder that transformers has saved, or `turnout import` written."
         ) from None
     return page
-
-
-def _few(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

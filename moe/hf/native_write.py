@@ -1,6 +1,5 @@
 """Weights by logical name -> a native folder, streamed: no more than one piece of a weight is held."""
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -11,10 +10,9 @@ from typing import TYPE_CHECKING, Any
 from moe import recipe
 from moe.config import ModelConfig
 from moe.errors import CheckpointError
-from moe.hf.folder import INDEX, SINGLE
 from moe.hf.native import MODEL_TYPE, SECTION, VERSION, Stored, stored
 from moe.hf.pages import TORCH_NAMES, Dtype
-from moe.hf.stream import write_tensors
+from moe.hf.stream import write_files, write_page
 from moe.hf.write import copy_tokenizer
 
 if TYPE_CHECKING:
@@ -57,37 +55,30 @@ def write(
     """
     plan = stored(weights.model)
     _check_names(plan, weights.names(), origin)
-    files = _shards(plan, dtype, max_shard_size)
-    stream = _stream(plan, weights, origin, on_piece)
-    shapes = {key: tensor.piece_shape for tensor in plan for key in tensor.keys}
-    wide = {key for tensor in plan if tensor.wide for key in tensor.keys}
     import torch
 
     narrow = getattr(torch, TORCH_NAMES[dtype])
-    for file, keys in files.items():
-        here = {key: (shapes[key], torch.float32 if key in wide else narrow) for key in keys}
-        write_tensors(folder / file, here, stream)
-    parameters, size = (
-        sum(prod(tensor.shape) * each(tensor) for tensor in plan) for each in (lambda _: 1, _itemsize(dtype))
-    )
-    if len(files) > 1:
-        total = {"total_parameters": parameters, "total_size": size}
-        _write_json(
-            folder / INDEX,
-            {"metadata": total, "weight_map": {key: file for file, keys in files.items() for key in keys}},
-        )
+    planned = {
+        key: (tensor.piece_shape, torch.float32 if tensor.wide else narrow)
+        for tensor in plan
+        for key in tensor.keys
+    }
+    parameters = sum(prod(tensor.shape) for tensor in plan)
+    stream = _stream(plan, weights, origin, on_piece)
+    files = write_files(folder, planned, stream, max_shard_size, parameters)
+    size = sum(prod(shape) * kind.itemsize for shape, kind in planned.values())
     if tokenizer is not None:
         copy_tokenizer(tokenizer, folder)
     write_pages(folder, weights.model, settings, dtype)
     (folder / "README.md").write_text(card(weights.model, origin, dtype, parameters), encoding="utf-8")
-    return WrittenNative(parameters, len(shapes), size, tuple(files))
+    return WrittenNative(parameters, len(planned), size, files)
 
 
 def write_pages(folder: Path, model: ModelConfig, settings: Mapping[str, Any], dtype: Dtype) -> None:
     """config.json, generation_config.json and model.yaml."""
-    _write_json(folder / "config.json", config_page(model, settings, dtype))
+    write_page(folder / "config.json", config_page(model, settings, dtype))
     generation = {**settings, "use_cache": False, "transformers_version": version("transformers")}
-    _write_json(folder / "generation_config.json", generation)
+    write_page(folder / "generation_config.json", generation)
     (folder / MODEL_SECTION).write_text(model_section(model), encoding="utf-8")
 
 
@@ -167,31 +158,6 @@ def _stream(
             yield key, piece
             del piece  # else it would be held while the next is read
             on_piece(size)
-
-
-def _shards(plan: list[Stored], dtype: Dtype, max_shard_size: int) -> dict[str, list[str]]:
-    """File names -> keys, filled in the order of the plan; a tensor above the limit has a file of its own."""
-    groups: list[list[str]] = [[]]
-    filled, itemsize = 0, _itemsize(dtype)
-    for tensor in plan:
-        size = prod(tensor.piece_shape) * itemsize(tensor)
-        for key in tensor.keys:
-            if groups[-1] and filled + size > max_shard_size:
-                groups.append([])
-                filled = 0
-            groups[-1].append(key)
-            filled += size
-    if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": keys for n, keys in enumerate(groups, 1)}
-
-
-def _itemsize(dtype: Dtype) -> Callable[[Stored], int]:
-    return lambda tensor: 4 if tensor.wide or dtype == "fp32" else 2
-
-
-def _write_json(path: Path, page: object) -> None:
-    path.write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
 
 
 _CARD = """\

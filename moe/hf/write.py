@@ -1,6 +1,5 @@
 """A model -> a folder that stock `transformers` loads: whole and checked, or not there at all."""
 
-import json
 import re
 import secrets
 import shutil
@@ -18,12 +17,12 @@ from moe.hf.convert import Move, check_names, disk_tensors, moves
 from moe.hf.family import Family
 from moe.hf.match import family_of
 from moe.hf.pages import TORCH_NAMES, Dtype, config_page, generation_page, special_tokens
-from moe.hf.stream import write_tensors
+from moe.hf.stream import write_files, write_page
 
 if TYPE_CHECKING:
     from moe.hf.convert import Read
+    from moe.hf.stream import Planned
 
-_INDEX = "model.safetensors.index.json"
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 TOKENIZER_FILES = (
     "tokenizer*",
@@ -126,17 +125,17 @@ def write_model(
     check_names(plan, names)
     tokens = special_tokens(tokenizer)
     copy_tokenizer(tokenizer, folder)
-    weight_files = _write_weights(folder, plan, read, dtype, max_shard_size)
+    planned, parameters = _planned(plan, dtype), sum(move.numel for move in plan if not move.copy)
+    weight_files = write_files(folder, planned, disk_tensors(plan, read), max_shard_size, parameters)
     page = config_page(family, model, tokens, dtype=dtype, load_balancing_weight=load_balancing_weight)
-    _write_json(folder / "config.json", page)
-    _write_json(folder / "generation_config.json", generation_page(tokens))
+    write_page(folder / "config.json", page)
+    write_page(folder / "generation_config.json", generation_page(tokens))
     (folder / "README.md").write_text(card_text, encoding="utf-8")
-    parameters = sum(move.numel for move in plan if not move.copy)
     return Written(
         family=family,
-        num_tensors=len(_shapes(plan)),
+        num_tensors=len(planned),
         num_parameters=parameters,
-        num_bytes=sum(_num_bytes(move, dtype) for move in plan),
+        num_bytes=sum(prod(shape) * kind.itemsize for shape, kind in planned.values()),
         weight_files=weight_files,
     )
 
@@ -156,23 +155,6 @@ def copy_tokenizer(source: Path, folder: Path) -> None:
             shutil.copy(path, folder / path.name)
 
 
-def shards(plan: list[Move], dtype: Dtype, max_shard_size: int) -> dict[str, list[str]]:
-    """File names -> disk names, filled in the order of the plan; a tensor above the limit has a file of its own."""
-    groups: list[list[str]] = [[]]
-    filled = 0
-    for move in plan:
-        size = prod(move.disk_shape) * _itemsize(move, dtype)
-        for key in move.disk if not move.part[0] else ():
-            if groups[-1] and filled + size > max_shard_size:
-                groups.append([])
-                filled = 0
-            groups[-1].append(key)
-            filled += size
-    if len(groups) == 1:
-        return {"model.safetensors": groups[0]}
-    return {f"model-{n:05d}-of-{len(groups):05d}.safetensors": keys for n, keys in enumerate(groups, 1)}
-
-
 def parse_size(text: str) -> int:
     """`5GB`, `500MB`, `2GiB` -> bytes; raises `ConfigError`."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?i?B)", text.strip(), re.IGNORECASE)
@@ -184,35 +166,15 @@ def parse_size(text: str) -> int:
     return size
 
 
-def _write_weights(
-    folder: Path, plan: list[Move], read: "Read", dtype: Dtype, max_shard_size: int
-) -> tuple[str, ...]:
+def _planned(plan: list[Move], dtype: Dtype) -> "Planned":
+    """Disk names, in order, with shape and dtype; a tensor that several moves share comes once."""
     import torch
 
-    stream = disk_tensors(plan, read)
-    files = shards(plan, dtype, max_shard_size)
-    shapes = _shapes(plan)
-    wide = {key for move in plan if move.wide for key in move.disk}
-    for file, keys in files.items():
-        here = {
-            key: (shapes[key], getattr(torch, TORCH_NAMES["fp32" if key in wide else dtype])) for key in keys
-        }
-        write_tensors(folder / file, here, stream)
-    if (left := next(stream, None)) is not None:
-        raise ExportError(f"{left[0]} was left over; nothing was exported.")
-    if len(files) > 1:
-        total = sum(move.numel for move in plan if not move.copy)
-        _write_json(
-            folder / _INDEX,
-            {
-                "metadata": {
-                    "total_parameters": total,
-                    "total_size": sum(_num_bytes(move, dtype) for move in plan),
-                },
-                "weight_map": {key: file for file, keys in files.items() for key in keys},
-            },
-        )
-    return tuple(files)
+    return {
+        key: (move.disk_shape, getattr(torch, TORCH_NAMES["fp32" if move.wide else dtype]))
+        for move in plan
+        for key in move.disk
+    }
 
 
 def _refuse_existing(target: Path) -> None:
@@ -222,20 +184,3 @@ def _refuse_existing(target: Path) -> None:
         raise ExportError(
             f"{target} exists already, and turnout never overwrites a model. Choose another --to, or remove it."
         )
-
-
-def _write_json(path: Path, page: object) -> None:
-    path.write_text(json.dumps(page, indent=2) + "\n", encoding="utf-8")
-
-
-def _shapes(plan: list[Move]) -> dict[str, tuple[int, ...]]:
-    """Disk names, in order, and their shapes; a tensor that several moves share comes once."""
-    return {key: move.disk_shape for move in plan for key in move.disk}
-
-
-def _num_bytes(move: Move, dtype: Dtype) -> int:
-    return move.disk_numel * _itemsize(move, dtype)
-
-
-def _itemsize(move: Move, dtype: Dtype) -> int:
-    return 4 if move.wide else {"fp32": 4, "bf16": 2}[dtype]

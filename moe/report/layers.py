@@ -5,8 +5,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from moe.records import Records
 from moe.report.line import BLUE, Smooth, draw_line, largest, mean, step_axis
-from moe.report.records import Records
 
 _FEW = 8
 """Layers that a legend can name; more get a scale of colours."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
 
-from moe.report.records import Records
+from moe.records import Records
 
 if TYPE_CHECKING:
     import numpy as np

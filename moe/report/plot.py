@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from moe.errors import CheckpointError
+from moe.records import Records, read
 from moe.report import layers
 from moe.report.line import draw_line, mean, step_axis
 from moe.report.loads import Loads, draw_history, draw_latest
-from moe.report.records import Records, read
 
 _ORANGE, _GREY = "#d1661a", "#8a8f98"
 _COLUMNS = 12

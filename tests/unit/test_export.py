@@ -24,7 +24,6 @@ from moe.hf.match import family_of
 from moe.hf.pages import Dtype
 from moe.hf.verify import TOLERANCE, Comparison, our_logits, save_reference, verify
 from moe.hf.write import Written, new_folder, parse_size, write, write_model
-from moe.metrics.evaluation import Evaluation
 from tests.stock import CASES, Saved, saved, write_tokenizer
 
 ALL = pytest.mark.parametrize("config", [config for _, config in CASES.values()], ids=CASES)
@@ -215,7 +214,7 @@ def test_the_folder_says_what_it_is(tmp_path: Path, tokenizer: Path) -> None:
     assert "Qwen3MoeForCausalLM" in card
     assert "/secret/place" not in card
     assert "certificate" not in card
-    facts = Facts("4f2e", Evaluation(10, 1.25, 2.5), "5 of 5 trainings")
+    facts = Facts("4f2e", {"step": 10, "validation_loss": 1.25, "bits_per_byte": 2.5}, "5 of 5 trainings")
     export(saved(config), tmp_path / "certified", tokenizer, facts=facts)
     card = (tmp_path / "certified/README.md").read_text()
     assert "| certificate | 5 of 5 trainings |" in card

@@ -12,10 +12,10 @@ from click.testing import CliRunner
 
 from moe import evaluate
 from moe.errors import CheckpointError
+from moe.records import read
 from moe.report import command, layers, line
 from moe.report.loads import Loads
 from moe.report.plot import plot_run
-from moe.report.records import read
 from moe.sparse.health import DEAD_AFTER_STEPS
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from moe.bench.study.plan import Job
 from moe.errors import CheckpointError
-from moe.report.records import read
+from moe.records import read
 
 LAST_STEPS = 50
 """Steps at the end of training over which load is judged."""
