@@ -72,7 +72,7 @@ def state(job: str) -> str | None:
 
 
 def script(folder: LaunchFolder, plan: Plan, request: Request, environment: Mapping[str, str]) -> str:
-    """The batch script, which can be submitted by hand as well."""
+    """The batch script, which can be submitted by hand as well. Raises `LaunchError`: a value with a line break."""
     options = {
         "job-name": request.name,
         "nodes": plan.num_nodes + request.spares,
@@ -89,6 +89,12 @@ def script(folder: LaunchFolder, plan: Plan, request: Request, environment: Mapp
         "open-mode": "append",
         "output": folder.run / "logs" / "slurm-%j.log",
     }
+    for name, value in options.items():
+        if "\n" in str(value):
+            raise LaunchError(
+                f"--{name} is {str(value)!r}: in a batch script it has one line, and what follows would be run. Give "
+                f"it without a line break."
+            )
     lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
     return "\n".join(

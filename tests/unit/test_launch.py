@@ -157,6 +157,11 @@ def test_a_batch_script_asks_for_what_was_asked_for_and_passes_shellcheck(plan: 
         subprocess.run(["shellcheck", "--shell=bash", "-"], input=page, text=True, check=True)
 
 
+def test_what_is_asked_of_slurm_cannot_become_a_line_of_the_script(plan: Plan, tmp_path: Path) -> None:
+    with pytest.raises(LaunchError, match=r"--partition is 'main\\nrm'.*without a line break"):
+        script(LaunchFolder(tmp_path / "run"), plan, Request("demo", partition="main\nrm"), {})
+
+
 @pytest.mark.skipif(shutil.which("shellcheck") is None, reason="shellcheck is not installed")
 def test_the_scripts_pass_shellcheck() -> None:
     scripts = [
