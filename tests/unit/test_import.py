@@ -30,7 +30,7 @@ from moe.recipe import dump
 from moe.train import preflight
 from tests.stock import CASES, saved, write_run, write_tokenizer
 from tests.unit import corpus
-from tests.unit.test_export_stream import LAYER, _large_run
+from tests.unit.test_export_stream import LAYER, MEASURED, _large_run
 
 
 def _hf(folder: Path, case: str, **options: Any) -> Path:
@@ -309,7 +309,7 @@ def test_an_import_holds_less_than_one_layer(hf: Path, tmp_path: Path) -> None:
         text=True,
         timeout=200,
         check=False,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=MEASURED,
     )
     assert done.returncode == 0, done.stderr
     fp32, bf16, control = map(int, done.stdout.split())
