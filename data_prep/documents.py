@@ -1,7 +1,9 @@
 """Raw bytes or text -> a document, or the reason why there is none."""
 
+import os
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -43,13 +45,18 @@ class Source:
     files: tuple[Path, ...]
     items: Callable[[], Iterator[Document | Dropped]]
 
-    def digest(self) -> str | None:
+    def stamps(self) -> dict[str, FileStamp]:
+        """Of each of `files`."""
+        with ThreadPoolExecutor(os.cpu_count()) as threads:  # reading and hashing let go of the interpreter
+            return dict(zip(map(str, self.files), threads.map(FileStamp.of, self.files), strict=True))
+
+    def digest(self, stamps: Mapping[str, FileStamp] | None = None) -> str | None:
         """Hash of the names and contents of `files`; null where there are none to hash."""
         if not self.files:
             return None
         digest = xxhash.xxh3_128()
-        for path in self.files:
-            digest.update(f"{path}\0{FileStamp.of(path).xxh3_128}\0".encode())
+        for path, stamp in (self.stamps() if stamps is None else stamps).items():
+            digest.update(f"{path}\0{stamp.xxh3_128}\0".encode())
         return digest.hexdigest()
 
 
@@ -130,7 +137,7 @@ def from_text(text: str | None) -> Document | Dropped:
     if text is None:
         return Dropped(NULL, 0)
     try:
-        num_bytes = len(text.encode("utf-8"))
+        num_bytes = len(text) if text.isascii() else len(text.encode("utf-8"))
     except UnicodeEncodeError:
         return Dropped(NOT_UTF8, len(text.encode("utf-8", "surrogatepass")))
     return _if_not_blank(text, num_bytes)

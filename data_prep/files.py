@@ -10,6 +10,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from pydantic_core import from_json
+
 from data_prep.chat import conversation
 from data_prep.documents import Document, Dropped, Source, from_bytes, from_text
 from data_prep.recipe import ChatSource, JsonlSource, ParquetSource, TextSource
@@ -102,7 +104,11 @@ def _texts(path: Path, separator: str | None) -> Iterator[Document | Dropped]:
 
 
 def _lines(path: Path, text_field: str, tolerant: bool) -> Iterator[Document | Dropped]:
-    for where, item in _documents_in(path):
+    for number, line in _numbered(path):
+        if (text := _plain_text(line, text_field)) is not None:
+            yield from_text(text)
+            continue
+        where, item = f"{path}:{number}", from_bytes(line)
         if isinstance(item, Dropped):
             yield item
             continue
@@ -124,11 +130,27 @@ def _conversations(path: Path, field: str) -> Iterator[Document | Dropped]:
 
 def _documents_in(path: Path) -> Iterator[tuple[str, Document | Dropped]]:
     """(where, the line) for each that is not blank."""
+    for number, line in _numbered(path):
+        yield f"{path}:{number}", from_bytes(line)
+
+
+def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
+    """The lines that are not blank, and the number of each."""
     for number, line in enumerate(_split(_chunks(path), b"\n"), start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
-            yield f"{path}:{number}", from_bytes(line)
+            yield number, line
+
+
+def _plain_text(line: bytes, text_field: str) -> str | None:
+    """What nearly every line holds, at twice the speed of `json`; None leaves the line, and its faults, to `json`."""
+    try:
+        row = from_json(line)
+    except ValueError:
+        return None
+    value = row.get(text_field) if isinstance(row, dict) else None
+    return value if isinstance(value, str) else None
 
 
 def _value(line: str, key: str, where: str, setting: str) -> Any:

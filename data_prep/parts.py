@@ -1,4 +1,4 @@
-"""Documents of a stage <-> a part: zstd parquet with the columns `text` and `row`, its place in what was read."""
+"""Documents of a stage <-> a part: lz4 parquet with the columns `text` and `row`, its place in what was read."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 from moe.recipe import Section
 
 _GROUP_BYTES = 4_000_000
-_LEVEL = 1
 _SCHEMA = pa.schema([("text", pa.large_string()), ("row", pa.int64())])
 
 
@@ -64,8 +63,7 @@ class PartWriter:
             self._file = pq.ParquetWriter(
                 path,
                 _SCHEMA,
-                compression="zstd",
-                compression_level=_LEVEL,
+                compression="lz4",
                 use_dictionary=False,
                 write_statistics=False,
             )
@@ -100,8 +98,8 @@ def texts(path: Path) -> Iterator[list[bytes]]:
             assert column.offset == 0
             _, ends, letters = column.buffers()
             ends_D = np.frombuffer(ends, dtype=np.int64)[: len(column) + 1].tolist()
-            whole = letters.to_pybytes() if letters is not None else b""
-            yield [whole[start:end] for start, end in pairwise(ends_D)]
+            whole = memoryview(letters if letters is not None else b"")
+            yield [bytes(whole[start:end]) for start, end in pairwise(ends_D)]
 
 
 def kept(path: Path, verdicts_D: npt.NDArray[np.uint8] | None) -> Iterator[list[bytes]]:

@@ -15,7 +15,6 @@ from typing import Any
 import xxhash
 from pydantic import ValidationError
 
-from data_prep.output import sync
 from moe.data.shards import FileStamp
 from moe.errors import DataError
 from moe.recipe import Section
@@ -84,7 +83,10 @@ def gate(units: Sequence[Unit]) -> list[Record]:
 
 
 def do(unit: Unit) -> None:
-    """Work in a folder of this process, sync it, move it to its place, then write the record."""
+    """Work in a folder of this process, move it to its place, then write the record.
+
+    Nothing is synced: of what a power cut tears, the hashes will not hold, and the unit is done again.
+    """
     unit.stage.mkdir(parents=True, exist_ok=True)
     _page(unit).unlink(missing_ok=True)
     workplace = unit.stage / f".{unit.name}.{os.getpid()}.unfinished"
@@ -93,13 +95,10 @@ def do(unit: Unit) -> None:
     try:
         facts = unit.work(workplace)
         files = {path.name: FileStamp.of(path) for path in sorted(workplace.iterdir())}
-        sync(workplace)
         shutil.rmtree(unit.folder, ignore_errors=True)
         workplace.rename(unit.folder)
         page = unit.stage / f".{unit.name}.{os.getpid()}.json.unfinished"
         page.write_text(Record(key=unit.key, files=files, facts=facts).model_dump_json(), encoding="utf-8")
-        with page.open("rb") as file:
-            os.fsync(file.fileno())
         page.rename(_page(unit))
     finally:
         shutil.rmtree(workplace, ignore_errors=True)

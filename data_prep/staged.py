@@ -32,7 +32,7 @@ from moe.errors import DataError
 STAGES = ("text", "tests", "marks", "verdicts", "tokenizer", "encode")
 _CLAIM = "stages.json"
 _DECIDING = ("datatrove", "ftfy", "numpy", "pyarrow", "rensa", "tokenizers")
-_FORMAT = 1
+_FORMAT = 2
 
 
 class _Enough(Exception):  # noqa: N818  no error: the stage that was asked for is done
@@ -52,8 +52,8 @@ class Asked:
 def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
     """As `data_prep.prepare.prepare`; None where not all was asked for."""
     sources = [open_source(config, tolerant=recipe.bad_rows == "quarantine") for config in recipe.sources]
-    stamps = [{str(path): FileStamp.of(path) for path in source.files} for source in sources]
-    digests = [source.digest() for source in sources]
+    stamps = [source.stamps() for source in sources]
+    digests = [source.digest(found) for source, found in zip(sources, stamps, strict=True)]
     tokenizer = recipe.tokenizer
     ready = vocabulary.load(tokenizer) if isinstance(tokenizer, ExistingTokenizer) else None
     if not (asked.overwrite or asked.stage or asked.dry_run) and up_to_date(recipe, digests, ready):

@@ -83,7 +83,9 @@ class Vocabulary:
         )
 
     def _id(self, token: str) -> int:
-        return self.tokenizer.get_vocab(with_added_tokens=True)[token]
+        found = self.tokenizer.token_to_id(token)
+        assert found is not None
+        return found
 
 
 def train(config: BpeTokenizer, sources: Sequence[Source]) -> Vocabulary:

@@ -23,14 +23,19 @@ class Row(NamedTuple):
     """The next tokens; `IGNORED` where none is predicted."""
     filled: int
     """Positions from the beginning that are more than padding."""
-    documents_S: npt.NDArray[np.int32] | None = None
-    """Which document of the row each token belongs to, where attention stays inside; None: it is one."""
+    lengths: Sequence[int] | None = None
+    """Of the documents it is made of, in tokens, where attention stays inside them; None: it is one."""
 
     @classmethod
     def blank(cls, length: int, pad_id: int) -> "Row":
         """Nothing but padding."""
         ids_S = np.full(length, pad_id, dtype=np.int64)
         return cls(ids_S, ids_S, 0)
+
+    @property
+    def documents_S(self) -> npt.NDArray[np.int32] | None:  # noqa: N802  its shape
+        """Which document of the row each token belongs to, from 0 on; padding is one of its own."""
+        return None if self.lengths is None else _documents([self])[0]
 
     @property
     def num_predictions(self) -> int:
@@ -61,13 +66,11 @@ class Batch:
     def of(cls, rows: Sequence[Row]) -> "Batch":
         ids_BS = torch.from_numpy(np.stack([row.ids_S for row in rows]))
         labels_BS = torch.from_numpy(np.stack([row.labels_S for row in rows]))
-        filled_B1 = torch.tensor([[row.filled] for row in rows])
-        mask_BS = torch.arange(ids_BS.shape[1]) < filled_B1
-        if all(row.documents_S is None for row in rows):
+        filled_B1 = np.array([[row.filled] for row in rows])
+        mask_BS = torch.from_numpy(np.arange(ids_BS.shape[1]) < filled_B1)
+        if all(row.lengths is None for row in rows):
             return cls(ids_BS, labels_BS, mask_BS)
-        whole_S = np.zeros(ids_BS.shape[1], dtype=np.int32)
-        documents = [whole_S if row.documents_S is None else row.documents_S for row in rows]
-        return cls(ids_BS, labels_BS, mask_BS, torch.from_numpy(np.stack(documents)))
+        return cls(ids_BS, labels_BS, mask_BS, torch.from_numpy(_documents(rows)))
 
     def predicted(self) -> torch.Tensor:
         """Bool [B, S]: positions whose prediction counts in the loss."""
@@ -93,3 +96,15 @@ class Batch:
     def _mapped(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
         ids_BS, labels_BS, mask_BS = map(change, (self.input_ids_BS, self.labels_BS, self.mask_BS))
         return Batch(ids_BS, labels_BS, mask_BS, self.documents_BS)
+
+
+def _documents(rows: Sequence[Row]) -> npt.NDArray[np.int32]:
+    """[B, S]; a row of one document is 0 throughout."""
+    length = len(rows[0].ids_S)
+    sizes: list[int] = []
+    numbers: list[int] = []
+    for row in rows:
+        here = (length,) if row.lengths is None else row.lengths
+        sizes += [*here, length - sum(here)]
+        numbers += range(len(here) + 1)
+    return np.repeat(np.array(numbers, dtype=np.int32), sizes).reshape(len(rows), length)

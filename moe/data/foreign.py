@@ -6,10 +6,9 @@ taken in the order of their names. Neither has hashes, nor says which tokenizer 
 vocabulary they are read with. All is training text.
 """
 
-from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -18,6 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from moe.data.indexed import Index, Tokens, open_tokens
+from moe.data.tape import Tape
 from moe.errors import DataError
 
 
@@ -63,7 +63,7 @@ class ForeignTokens:
         return digest.hexdigest()
 
     def num_tokens(self, split: str) -> int:
-        return self._ends[-1] if split == "train" else 0
+        return len(self._tape) if split == "train" else 0
 
     def document_lengths(self, split: str) -> npt.NDArray[np.int64]:
         """Tokens of each document, in order."""
@@ -76,13 +76,7 @@ class ForeignTokens:
             raise IndexError(
                 f"tokens {start} to {stop} of {split}, which has {self.num_tokens(split)} tokens"
             )
-        parts = []
-        for place in range(bisect_right(self._ends, start), len(self._ends)):
-            ids_N, end = self._shards[place][1], self._ends[place]
-            begin = end - len(ids_N)
-            parts.append(ids_N[max(start - begin, 0) : stop - begin])
-            if stop <= end:
-                break
+        parts = self._tape.views(start, stop) if split == "train" else []
         if not parts:
             return np.empty(0, dtype=np.int32)
         found = parts[0] if len(parts) == 1 else np.concatenate(parts)
@@ -94,9 +88,20 @@ class ForeignTokens:
             )
         return found
 
+    def row(
+        self, split: str, starts: Sequence[int], lengths: Sequence[int], size: int
+    ) -> npt.NDArray[np.int64]:
+        """As `TokenData.row`."""
+        assert split == "train"
+        ids_S = self._tape.row(starts, lengths, size, self.pad_id)
+        if np.maximum.reduce(ids_S.view(np.uint64)) >= self.vocab_size:
+            for start, length in zip(starts, lengths, strict=True):
+                self.tokens(split, start, start + length)  # says which it is
+        return ids_S
+
     @cached_property
-    def _ends(self) -> list[int]:
-        return list(accumulate(len(ids_N) for _, ids_N, _ in self._shards))
+    def _tape(self) -> Tape:
+        return Tape([ids_N for _, ids_N, _ in self._shards])
 
     @cached_property
     def _shards(self) -> list[tuple[str, Tokens, npt.NDArray[np.int64]]]:

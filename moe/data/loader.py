@@ -56,8 +56,7 @@ def train_batches(
     orders = []
     for number, source in enumerate(sources):
         rows = training_rows(source, sequence_length, packing, apart=not attend_across_documents, seed=seed)
-        shuffled = _grain().MapDataset.source(rows).shuffle(seed=_shuffle_seed(seed, number))
-        orders.append(shuffled.repeat())
+        orders.append(_Shuffled(rows, _shuffle_seed(seed, number)))
     steps = _Steps(orders, mixture, rank, world_size, global_batch_size, micro_batch_size, positions)
     return _prefetched(steps, start_step)
 
@@ -102,12 +101,23 @@ def validation_batches(
     return _prefetched(_ValidationBatches(rows, blank, batch_size, rank, world_size, positions), 0)
 
 
+class _Shuffled:
+    """Epochs of rows, each in an order of its own, without end. Grain shuffles numbers: rows would cost it more."""
+
+    def __init__(self, rows: Rows, seed: int) -> None:
+        self._rows = rows
+        self._order = _grain().MapDataset.range(len(rows)).shuffle(seed=seed).repeat()
+
+    def __getitem__(self, number: int) -> Row:
+        return self._rows[self._order[number]]
+
+
 class _Steps:
     """Step -> this rank's micro-batches."""
 
     def __init__(
         self,
-        orders: Sequence[Sequence[Row]],
+        orders: Sequence[_Shuffled],
         mixture: Mixture | None,
         rank: int,
         world_size: int,

@@ -9,6 +9,8 @@ attention has to stay inside. What others than the assistant wrote is seen, by t
 S positions of a row.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -41,6 +43,9 @@ class TokenSource(Protocol):
     def num_tokens(self, split: str) -> int: ...
     def document_lengths(self, split: str) -> npt.NDArray[np.int64]: ...
     def tokens(self, split: str, start: int, stop: int) -> Tokens: ...
+    def row(
+        self, split: str, starts: Sequence[int], lengths: Sequence[int], size: int
+    ) -> npt.NDArray[np.int64]: ...
 
 
 class Rows(Protocol):
@@ -104,12 +109,13 @@ class ApartRows:
         first, last = np.searchsorted(self._end_D, (start, stop), side="right")
         last_N = np.unique(self._end_D[first:last]) - start - 1  # empty documents end where others do
         row = Row.blank(self._length, self._data.pad_id)
-        labels_S, documents_S = row.labels_S.copy(), np.zeros(self._length, dtype=np.int32)
+        labels_S = row.labels_S.copy()
         row.ids_S[:filled] = tokens[:filled]
         labels_S[: len(tokens) - 1] = tokens[1:]
         labels_S[last_N] = IGNORED
-        documents_S[last_N[last_N < self._length - 1] + 1] = 1
-        return Row(row.ids_S, labels_S, filled, np.cumsum(documents_S, dtype=np.int32))
+        bounds_N = np.append(last_N, filled - 1)  # the second of two equal ones is an empty document
+        lengths = np.diff(bounds_N, prepend=-1).tolist()
+        return Row(row.ids_S, labels_S, filled, lengths if lengths[-1] else lengths[:-1])
 
 
 class PackedRows:
@@ -126,28 +132,27 @@ class PackedRows:
         apart: bool,
     ) -> None:
         self._data, self._split, self._length = data, split, length
-        self._pieces, self._end_D, self._apart = pieces, end_D, apart
+        self._start_P, self._length_P, self._row_R1 = pieces.start_P, pieces.length_P, pieces.row_R1
+        self._end_D, self._apart = end_D, apart
 
     def __len__(self) -> int:
-        return self._pieces.num_rows
+        return len(self._row_R1) - 1
 
     def __getitem__(self, index: int) -> Row:
-        here = slice(int(self._pieces.row_R1[index]), int(self._pieces.row_R1[index + 1]))
-        starts, length_N = self._pieces.start_P[here].tolist(), self._pieces.length_P[here]
-        row, at = Row.blank(self._length, self._data.pad_id), 0
-        ids_S = row.ids_S
-        for start, length in zip(starts, length_N.tolist(), strict=True):
-            ids_S[at : at + length] = self._data.tokens(self._split, start, start + length)
-            at += length
+        here = slice(self._row_R1[index], self._row_R1[index + 1])
+        starts, lengths = self._start_P[here].tolist(), self._length_P[here].tolist()
+        ids_S = self._data.row(self._split, starts, lengths, self._length)
         labels_S = np.empty_like(ids_S)
-        labels_S[: at - 1] = ids_S[1:at]
-        labels_S[at - 1 :] = IGNORED
-        if at == self._length and len(starts) == 1 and not self._ends(starts[0] + at):
-            labels_S[-1] = self._data.tokens(self._split, starts[0] + at, starts[0] + at + 1)[0]
+        labels_S[:-1] = ids_S[1:]
+        filled = sum(lengths)
+        labels_S[filled - 1 :] = IGNORED
+        if filled == self._length and len(starts) == 1 and not self._ends(starts[0] + filled):
+            labels_S[-1] = self._data.tokens(self._split, starts[0] + filled, starts[0] + filled + 1)[0]
         if not self._apart:
-            return Row(ids_S, labels_S, at)
-        labels_S[np.cumsum(length_N[:-1]) - 1] = IGNORED
-        return Row(ids_S, labels_S, at, _documents(length_N, self._length))
+            return Row(ids_S, labels_S, filled)
+        for end in accumulate(lengths[:-1]):
+            labels_S[end - 1] = IGNORED
+        return Row(ids_S, labels_S, filled, lengths)
 
     def _ends(self, token: int) -> bool:
         """Whether a document ends before `token`."""
@@ -209,7 +214,7 @@ class PackedConversationRows:
 
     def __getitem__(self, index: int) -> Row:
         here = slice(int(self._pieces.row_R1[index]), int(self._pieces.row_R1[index + 1]))
-        length_N, at = self._pieces.length_P[here], 0
+        lengths, at = self._pieces.length_P[here].tolist(), 0
         row = Row.blank(self._length, self._pad_id)
         labels_S = np.full(self._length, IGNORED, dtype=np.int64)
         for which in np.searchsorted(self._end_D, self._pieces.start_P[here], side="right").tolist():
@@ -218,7 +223,7 @@ class PackedConversationRows:
             row.ids_S[at:stop] = ids_N[:-1]
             labels_S[at:stop] = _written(ids_N, written_N)
             at = stop
-        return Row(row.ids_S, labels_S, at, _documents(length_N, self._length))
+        return Row(row.ids_S, labels_S, at, lengths)
 
 
 class FirstRows:
@@ -241,11 +246,3 @@ class FirstRows:
 def _written(ids_N: Tokens, written_N: Mask) -> npt.NDArray[np.int64]:
     """The labels of all but the last token: what the assistant wrote."""
     return np.where(written_N[1:] == 1, ids_N[1:].astype(np.int64), IGNORED)
-
-
-def _documents(length_N: npt.NDArray[np.int32], length: int) -> npt.NDArray[np.int32]:
-    """Numbers from 0; padding is a document of its own."""
-    documents_S = np.full(length, len(length_N), dtype=np.int32)
-    number_N = np.repeat(np.arange(len(length_N), dtype=np.int32), length_N)
-    documents_S[: len(number_N)] = number_N
-    return documents_S

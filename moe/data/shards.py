@@ -7,10 +7,9 @@ FOLDER/tokenizer/                 a Hugging Face tokenizer folder
 """
 
 import os
-from bisect import bisect_right
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +27,7 @@ from moe.data.manifest import (
     TokenizerFacts,
 )
 from moe.data.masks import MaskWriter, mask_path
+from moe.data.tape import Tape
 from moe.errors import DataError
 
 __all__ = [
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 TOKENIZER_NAME = "tokenizer"
+_NOTHING = Tape([])
 
 
 @dataclass(frozen=True)
@@ -143,22 +144,25 @@ class TokenData:
         Read-only memory of the file where one shard holds them all, else a copy. Raises `IndexError` unless
         0 <= start <= stop <= num_tokens(split), and `DataError` for an id that the vocabulary does not have.
         """
-        ends, shards = self._shards.get(split, ([], []))
-        total = ends[-1] if ends else 0
-        if not 0 <= start <= stop <= total:
-            raise IndexError(f"tokens {start} to {stop} of {split}, which has {total} tokens")
-        parts = []
-        for place in range(bisect_right(ends, start), len(ends)):
-            shard_N, end = shards[place], ends[place]
-            begin = end - len(shard_N)
-            parts.append(shard_N[max(start - begin, 0) : stop - begin])
-            if stop <= end:
-                break
+        tape = self._tapes.get(split, _NOTHING)
+        if not 0 <= start <= stop <= len(tape):
+            raise IndexError(f"tokens {start} to {stop} of {split}, which has {len(tape)} tokens")
+        parts = tape.views(start, stop)
         if not parts:
             return np.empty(0, dtype=self.manifest.dtype)
         ids_N = parts[0] if len(parts) == 1 else np.concatenate(parts)
         self._check_ids(split, start, ids_N)
         return ids_N
+
+    def row(
+        self, split: str, starts: Sequence[int], lengths: Sequence[int], size: int
+    ) -> np.typing.NDArray[np.int64]:
+        """Ids `[size]`: `lengths` tokens from each of `starts`, and padding. Raises as `tokens` does."""
+        ids_S = self._tapes.get(split, _NOTHING).row(starts, lengths, size, self.pad_id)
+        if np.maximum.reduce(ids_S.view(np.uint64)) >= self._vocab_size:
+            for start, length in zip(starts, lengths, strict=True):
+                self.tokens(split, start, start + length)  # says which it is
+        return ids_S
 
     def _check_ids(self, split: str, start: int, ids_N: Tokens) -> None:
         # Bytes whose hash nobody checked, or an edited manifest, would end as an index error deep in the model.
@@ -180,16 +184,10 @@ class TokenData:
         return next((facts for name, facts in self.manifest.splits.items() if name == split), None)
 
     @cached_property
-    def _shards(self) -> dict[str, tuple[list[int], list[Tokens]]]:
-        # A memmap's slices cost several times a plain array's.
+    def _tapes(self) -> dict[str, Tape]:
+        dtype = self.manifest.dtype
         return {
-            split: (
-                list(accumulate(shard.tokens for shard in facts.shards)),
-                [
-                    np.asarray(open_tokens(self.folder / f"{s.name}.bin", self.manifest.dtype))
-                    for s in facts.shards
-                ],
-            )
+            split: Tape([open_tokens(self.folder / f"{shard.name}.bin", dtype) for shard in facts.shards])
             for split, facts in self.manifest.splits.items()
         }
 
