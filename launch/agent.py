@@ -128,7 +128,7 @@ class Agent:
             }
             with self.folder.log(self.number, rank).open("ab") as log:
                 process = subprocess.Popen(
-                    [self.plan.python, "-u", "-m", "moe.train", str(self.folder.recipe)],
+                    [self.plan.python, "-u", "-m", "moe.train", str(self.folder.recipe), *attempt.overrides],
                     cwd=self.plan.working_folder,
                     env=environment(self.plan) | {name: str(value) for name, value in told.items()},
                     stdin=subprocess.DEVNULL,
@@ -284,6 +284,7 @@ def main() -> int:
     node, host = _place(plan, given.node)
     scratch = Path(tempfile.mkdtemp(prefix="turnout-", dir=_memory()))
     try:
+        plan = plan.sized(attempt)
         return Agent(folder, plan, given.attempt, node, host or attempt.nodes[node], scratch).run()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -92,7 +92,7 @@ class Attendance:
                 return self._examine(verdict) if verdict.outcome == "hung" else verdict
             now = time.monotonic()
             if len(reports) < self.plan.num_nodes and (
-                now - self.began > limits.boot_seconds
+                now - self.began > limits.agent_seconds
                 or (now - self.began > 1.0 and all(runner.poll() is not None for runner in runners))
             ):
                 return self._no_agent(reports)

@@ -29,6 +29,8 @@ Order = Literal["stop", "stacks", "end"]
 class Limits:
     """When a run that goes wrong is acted upon."""
 
+    agent_seconds: float = 120.0
+    """For every node's agent to begin; a node without one is lost."""
     boot_seconds: float = 900.0
     """For the first step, imports and loading included."""
     hang_seconds: float = 300.0
@@ -61,10 +63,16 @@ class Plan:
     limits: Limits = Limits()
     first_attempt: int = 1
     """Of this launch; earlier ones belong to earlier launches of the same run."""
+    min_nodes: int | None = None
+    """How few will do when there are no more; None: all or nothing."""
 
     @property
     def world_size(self) -> int:
         return self.num_nodes * self.ranks_per_node
+
+    def sized(self, attempt: "Attempt") -> "Plan":
+        """The plan with as many nodes as the attempt has."""
+        return replace(self, num_nodes=len(attempt.nodes))
 
 
 @dataclass(frozen=True)
@@ -92,6 +100,8 @@ class Attempt:
     """Of the newest checkpoint when it ended."""
     then: str | None = None
     """What was done about it."""
+    overrides: tuple[str, ...] = ()
+    """Of the recipe, for as many ranks as there are."""
 
     @property
     def owner(self) -> str:
@@ -184,7 +194,8 @@ class LaunchFolder:
 
     def attempt(self, number: int) -> Attempt | None:
         page = read(self.attempt_folder(number) / "attempt.json")
-        return None if page is None else Attempt(**page | {"nodes": tuple(page["nodes"])})
+        lists = {name: tuple((page or {}).get(name, ())) for name in ("nodes", "overrides")}
+        return None if page is None else Attempt(**page | lists)
 
     def attempts(self) -> list[Attempt]:
         """Oldest first."""

@@ -3,11 +3,26 @@
 import os
 import shlex
 import subprocess
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from launch.folder import LaunchFolder, Plan
 from moe.errors import LaunchError
+
+T = TypeVar("T")
+_PATIENCE_SECONDS = 900.0
+_RETRY_SECONDS = 2.0
+_SILENCE = ("Unable to contact", "Socket timed out", "Communication connection failure", "Zero Bytes")
+"""What Slurm's commands say when slurmctld does not answer, as while it is started anew."""
+
+UNENDED = ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+"""States of a job that Slurm is not yet done with."""
+
+
+class SlurmSilentError(LaunchError):
+    """slurmctld gave no answer: what was asked may be asked again."""
 
 
 @dataclass(frozen=True)
@@ -39,43 +54,60 @@ class Job:
 
     @classmethod
     def mine(cls) -> "Job":
-        """Raises `LaunchError` outside of Slurm."""
+        """Raises `LaunchError` outside of Slurm, and if slurmctld is silent for long."""
         number, nodelist = os.environ.get("SLURM_JOB_ID"), os.environ.get("SLURM_JOB_NODELIST")
         if number is None or nodelist is None:
             raise LaunchError(
                 "this run was planned for Slurm, but SLURM_JOB_ID is not set: we are in no job. "
                 "Submit the script in the run's folder with sbatch, or launch it anew with --on hosts or local."
             )
-        return cls(number, tuple(_ask("scontrol", "show", "hostnames", nodelist).split()))
+        names = _patiently(lambda: _ask("scontrol", "show", "hostnames", nodelist))
+        return cls(number, tuple(names.split()))
 
     def is_running(self) -> bool:
-        """Whether Slurm has other plans for it already: then it is cancelled, completing or pending."""
-        return state(self.number) == "RUNNING"
+        """Whether Slurm has no other plans for it: else it is cancelled, completing or pending.
+
+        Raises `LaunchError` if slurmctld is silent for long.
+        """
+        return _patiently(lambda: state(self.number)) == "RUNNING"
 
     def requeue(self, without: Sequence[str] = ()) -> None:
         """Back into the queue, and soon over here; `without` these nodes. Raises `LaunchError`."""
         if without:
-            _ask("scontrol", "requeuehold", self.number)
-            _ask("scontrol", "update", f"JobId={self.number}", f"ExcNodeList={','.join(without)}")
-            _ask("scontrol", "release", self.number)
+            _patiently(lambda: _ask("scontrol", "requeuehold", self.number, shielded=True))
+            nodes = f"ExcNodeList={','.join(without)}"
+            _patiently(lambda: _ask("scontrol", "update", f"JobId={self.number}", nodes, shielded=True))
+            _patiently(lambda: _ask("scontrol", "release", self.number, shielded=True))
         else:
-            _ask("scontrol", "requeue", self.number)
+            _patiently(lambda: _ask("scontrol", "requeue", self.number, shielded=True))
+
+    def drained(self) -> frozenset[str]:
+        """Those of its nodes that an administrator wants free: Slurm starts nothing there, and ends nothing.
+
+        Raises `LaunchError`.
+        """
+        said = _ask("sinfo", "--noheader", "-N", "-n", ",".join(self.nodes), "-o", "%N %T")
+        states = dict(line.split() for line in said.splitlines())
+        return frozenset(node for node, state in states.items() if state.startswith("drain"))
 
 
 def state(job: str) -> str | None:
-    """RUNNING, PENDING, CANCELLED, ...; None if Slurm knows the job no more."""
+    """RUNNING, PENDING, CANCELLED, ...; None if Slurm knows the job no more. Raises `SlurmSilentError`."""
     try:
         said = _ask("scontrol", "--oneliner", "show", "job", job)
+    except SlurmSilentError:
+        raise
     except LaunchError:
         return None
-    return next((word[9:] for word in said.split() if word.startswith("JobState=")), None)
+    return _field(said, "JobState")
 
 
 def script(folder: LaunchFolder, plan: Plan, request: Request, environment: Mapping[str, str]) -> str:
     """The batch script, which can be submitted by hand as well. Raises `LaunchError`: a value with a line break."""
+    most = plan.num_nodes + request.spares
     options = {
         "job-name": request.name,
-        "nodes": plan.num_nodes + request.spares,
+        "nodes": most if plan.min_nodes is None else f"{plan.min_nodes}-{most}",
         "ntasks-per-node": 1,
         "cpus-per-task": None if plan.cpus_per_rank is None else plan.cpus_per_rank * plan.ranks_per_node,
         "gpus-per-node": request.gpus_per_node or None,
@@ -133,18 +165,54 @@ def cancel(job: str) -> None:
     _ask("scancel", job)
 
 
-def _ask(*command: str) -> str:
+def ask_to_save(job: str) -> None:
+    """As Slurm does before the time limit: the supervisor lets the ranks save, and requeues. Raises `LaunchError`."""
+    _ask("scancel", "--signal=USR1", "--batch", job)
+
+
+def free(job: str) -> bool:
+    """Let a job run that Slurm holds back in the queue; whether it did. Raises `LaunchError`."""
+    reason = _field(_ask("scontrol", "--oneliner", "show", "job", job), "Reason") or ""
+    held = "held" in reason.lower()
+    if held:
+        _ask("scontrol", "release", job)
+    return held
+
+
+def _field(page: str, name: str) -> str | None:
+    return next((word.partition("=")[2] for word in page.split() if word.startswith(f"{name}=")), None)
+
+
+def _patiently(ask: Callable[[], T]) -> T:
+    """Ask again while slurmctld is silent. Raises `SlurmSilentError` after a quarter of an hour of it."""
+    end = time.monotonic() + _PATIENCE_SECONDS
+    while True:
+        try:
+            return ask()
+        except SlurmSilentError:
+            if time.monotonic() > end:
+                raise
+        time.sleep(_RETRY_SECONDS)
+
+
+def _ask(*command: str, shielded: bool = False) -> str:
+    """What it prints. Shielded, it outlives the SIGTERM that a job gets which is requeued, by this command itself."""
+    shield = ("sh", "-c", "trap '' TERM; exec \"$@\"", "sh") if shielded else ()
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        done = subprocess.run([*shield, *command], capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         raise LaunchError(
             f"{command[0]} is not there: this machine has no Slurm commands. Launch from a login node, "
             f"or try it on this machine with `turnout testbed up`."
         ) from None
     except subprocess.TimeoutExpired:
-        raise LaunchError(
+        raise SlurmSilentError(
             f"`{shlex.join(command)}` gave no answer in 60 s. Is slurmctld up? Ask sinfo."
         ) from None
+    if done.returncode and any(word in done.stderr for word in _SILENCE):
+        raise SlurmSilentError(
+            f"`{shlex.join(command)}` reached no slurmctld: {done.stderr.strip()}. Is it up? Ask sinfo."
+        )
     if done.returncode:
         raise LaunchError(
             f"`{shlex.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}. "

@@ -11,13 +11,14 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from launch import start
 from launch.attend import Attendance
+from launch.drain import DrainWatch
 from launch.folder import Attempt, LaunchFolder, Plan, ended, fruitless, write_text
 from launch.slurm import Job
 from moe import log
@@ -40,12 +41,16 @@ class Supervisor:
     def run(self) -> int:
         """All attempts; the exit code of the command."""
         self._abandon()
+        with DrainWatch.watching(None if self.job is None else self.job.drained) as drain:
+            return self._run(lambda: self.asked or drain.wants())
+
+    def _run(self, asked: Callable[[], str | None]) -> int:
         while (nodes := self._nodes()) is not None:
             attempt = self._begin(nodes)
-            attempt = Attendance(self.folder, self.plan, attempt, lambda: self.asked).attend()
+            attempt = Attendance(self.folder, self.plan.sized(attempt), attempt, asked).attend()
             if attempt.outcome == "done":
                 return self._close(attempt, "the run is complete", 0)
-            if attempt.outcome == "saved" or self.asked or self.folder.stop.exists():
+            if attempt.outcome == "saved" or asked() or self.folder.stop.exists():
                 return self._leave(attempt)
             if attempt.outcome == "refused":
                 return self._close(attempt, "given up: the ranks would refuse it again", EXIT_USER_ERROR)
@@ -79,12 +84,26 @@ class Supervisor:
                 )
 
     def _nodes(self) -> tuple[str, ...] | None:
-        """Those to start on: the allocation's first that are not bad; None when too few are left."""
+        """Those to start on: the allocation's first that are not bad; None when too few are left.
+
+        If fewer will do: as many as the recipe can be fitted to.
+        """
         if self.plan.kind == "local":
             return ("127.0.0.1",)
         given = self.job.nodes if self.job is not None else self.plan.hosts
         good = [node for node in given if node not in self.bad]
-        return tuple(good[: self.plan.num_nodes]) if len(good) >= self.plan.num_nodes else None
+        most, least = min(len(good), self.plan.num_nodes), self.plan.min_nodes or self.plan.num_nodes
+        fitting = (size for size in range(most, least - 1, -1) if self._overrides(size) is not None)
+        size = next(fitting, None)
+        return None if size is None else tuple(good[:size])
+
+    def _overrides(self, num_nodes: int) -> tuple[str, ...] | None:
+        """Of the recipe, on so many nodes; None: it cannot be trained on them."""
+        if num_nodes == self.plan.num_nodes:
+            return ()  # the launch has checked it
+        from launch.layout import refit
+
+        return refit(self.folder.recipe, num_nodes * self.plan.ranks_per_node)
 
     def _begin(self, nodes: tuple[str, ...]) -> Attempt:
         number = max((attempt.number for attempt in self.folder.attempts()), default=0) + 1
@@ -95,6 +114,7 @@ class Supervisor:
             began=time.time(),
             from_step=self.folder.newest_step(),
             job=None if self.job is None else self.job.number,
+            overrides=self._overrides(len(nodes)) or (),
         )
         self.folder.attempt_folder(number).mkdir(parents=True)
         self.folder.logs(number).mkdir(parents=True, exist_ok=True)
@@ -106,11 +126,12 @@ class Supervisor:
             page = start.hostfile(attempt, self.plan.ranks_per_node)
             write_text(self.folder.home / "hostfile", page)
         log.get().info(
-            "attempt %d: %d ranks on %s, from step %d; logs in %s",
+            "attempt %d: %d ranks on %s, from step %d%s; logs in %s",
             number,
-            self.plan.world_size,
+            self.plan.sized(attempt).world_size,
             ", ".join(nodes),
             attempt.from_step,
+            "".join(f", {override}" for override in attempt.overrides),
             self.folder.logs(number),
         )
         return attempt
