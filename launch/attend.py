@@ -129,11 +129,18 @@ class Attendance:
         return Verdict("hung", f"{verdict.cause}; {found.cause}", found.rank, found.host)
 
     def _no_agent(self, reports: Sequence[NodeReport]) -> Verdict:
+        """A node is lost if others have begun; else it is the launcher that failed, and no node is to blame."""
         said = {report.node for report in reports}
         node = next(node for node in range(self.plan.num_nodes) if node not in said)
         launcher = self.folder.logs(self.attempt.number) / "launcher.log"
-        host = self.attempt.nodes[node]
-        return Verdict("lost", f"no agent began on node {node}; see {launcher}", None, host)
+        if not said:
+            words = launcher.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            return Verdict(
+                "unstarted", f"no agent began: {words[-1] if words else 'no word'}; see {launcher}"
+            )
+        return Verdict(
+            "lost", f"no agent began on node {node}; see {launcher}", None, self.attempt.nodes[node]
+        )
 
     def _quiet_end(self, reports: Sequence[NodeReport]) -> dict[str, str]:
         """All ranks left with 0 or 75, and there is no new `done` record."""

@@ -90,7 +90,7 @@ class Attempt:
     """Slurm's number of the job."""
     ended: float | None = None
     outcome: str | None = None
-    """done, saved, failed, hung, lost, refused or abandoned; None while it runs."""
+    """done, saved, failed, hung, lost, unstarted, refused or abandoned; None while it runs."""
     rank: int | None = None
     """The first that failed."""
     host: str | None = None

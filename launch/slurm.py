@@ -14,6 +14,7 @@ from moe.errors import LaunchError
 T = TypeVar("T")
 _PATIENCE_SECONDS = 900.0
 _RETRY_SECONDS = 2.0
+_KEPT = ("SLURM_CONF", "SLURM_CLUSTERS")
 _SILENCE = ("Unable to contact", "Socket timed out", "Communication connection failure", "Zero Bytes")
 """What Slurm's commands say when slurmctld does not answer, as while it is started anew."""
 
@@ -71,15 +72,21 @@ class Job:
         """
         return _patiently(lambda: state(self.number)) == "RUNNING"
 
-    def requeue(self, without: Sequence[str] = ()) -> None:
-        """Back into the queue, and soon over here; `without` these nodes. Raises `LaunchError`."""
-        if without:
-            _patiently(lambda: _ask("scontrol", "requeuehold", self.number, shielded=True))
-            nodes = f"ExcNodeList={','.join(without)}"
-            _patiently(lambda: _ask("scontrol", "update", f"JobId={self.number}", nodes, shielded=True))
-            _patiently(lambda: _ask("scontrol", "release", self.number, shielded=True))
-        else:
-            _patiently(lambda: _ask("scontrol", "requeue", self.number, shielded=True))
+    def requeue(self) -> None:
+        """Back into the queue, and soon over here. Raises `LaunchError`."""
+        # Shielded from the SIGTERM that it brings about.
+        _patiently(lambda: _ask("sh", "-c", "trap '' TERM; exec scontrol requeue \"$0\"", self.number))
+
+    def submit_without(self, path: str, nodes: Sequence[str]) -> str:
+        """Queue its script as another job, without these nodes and those that it was without; the job's number.
+
+        A requeue would wait until Slurm itself has given up a node that is dead, and Slurm 22.05 then forgets the
+        job's GPUs. Raises `LaunchError`.
+        """
+        page = _patiently(lambda: _ask("scontrol", "--oneliner", "show", "job", self.number))
+        before = _field(page, "ExcNodeList")
+        without = ",".join([*nodes, *([] if before in (None, "(null)") else [str(before)])])
+        return _patiently(lambda: submit(path, f"--exclude={without}"))
 
     def drained(self) -> frozenset[str]:
         """Those of its nodes that an administrator wants free: Slurm starts nothing there, and ends nothing.
@@ -155,9 +162,9 @@ def test(path: str) -> None:
     _ask("sbatch", "--test-only", path)
 
 
-def submit(path: str) -> str:
+def submit(path: str, *options: str) -> str:
     """Queue a batch script; the job's number. Raises `LaunchError`."""
-    return _ask("sbatch", "--parsable", path).strip().partition(";")[0]
+    return _ask("sbatch", "--parsable", *options, path).strip().partition(";")[0]
 
 
 def cancel(job: str) -> None:
@@ -195,11 +202,13 @@ def _patiently(ask: Callable[[], T]) -> T:
         time.sleep(_RETRY_SECONDS)
 
 
-def _ask(*command: str, shielded: bool = False) -> str:
-    """What it prints. Shielded, it outlives the SIGTERM that a job gets which is requeued, by this command itself."""
-    shield = ("sh", "-c", "trap '' TERM; exec \"$@\"", "sh") if shielded else ()
+def _ask(*command: str) -> str:
+    # What Slurm told this job must not be taken for what another is to get.
+    env = {
+        name: value for name, value in os.environ.items() if not name.startswith("SLURM_") or name in _KEPT
+    }
     try:
-        done = subprocess.run([*shield, *command], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         raise LaunchError(
             f"{command[0]} is not there: this machine has no Slurm commands. Launch from a login node, "

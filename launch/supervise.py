@@ -3,7 +3,7 @@
     python -m launch.supervise RUN
 
 `turnout launch` starts it: on this machine for local and hosts, as the batch script's program for Slurm. What failed
-is started anew: in the same allocation, with a spare node for a lost one, or by a requeue without that node. Success
+is started anew: in the same allocation, with a spare node for a lost one, or by a job without that node. Success
 is the run's `done` record, whatever exit codes say.
 """
 
@@ -11,7 +11,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -19,12 +19,13 @@ from types import FrameType
 from launch import start
 from launch.attend import Attendance
 from launch.drain import DrainWatch
-from launch.folder import Attempt, LaunchFolder, Plan, ended, fruitless, write_text
+from launch.folder import Attempt, LaunchFolder, Plan, ended, fruitless, write, write_text
 from launch.slurm import Job
 from moe import log
 from moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, LaunchError, clean_exit
 
 EXIT_FAILED = 1
+_PAUSE_SECONDS = 10.0
 
 
 @dataclass
@@ -61,6 +62,8 @@ class Supervisor:
             if attempt.outcome == "lost" and attempt.host is not None:
                 self.bad.add(attempt.host)
             self._note(attempt, "started again" if self._nodes() else "too few nodes are left")
+            if attempt.outcome == "unstarted":
+                time.sleep(_PAUSE_SECONDS)
         return self._give_up_nodes()
 
     def listen(self) -> None:
@@ -146,16 +149,17 @@ class Supervisor:
 
     def _give_up_nodes(self) -> int:
         attempt = self.folder.attempts()[-1]
-        if self.job is not None and self.job.is_running():
-            return self._requeue(attempt, without=sorted(self.bad))
-        sentence = f"given up: without {', '.join(sorted(self.bad))} there are too few nodes"
-        return self._close(attempt, sentence, EXIT_FAILED)
+        without = ", ".join(sorted(self.bad))
+        if self.job is None or not self.job.is_running():
+            return self._close(attempt, f"given up: without {without} there are too few nodes", EXIT_FAILED)
+        job = self.job.submit_without(str(self.folder.home / "job.sbatch"), sorted(self.bad))
+        write(self.folder.home / "job.json", {"job": job})
+        return self._close(attempt, f"queued anew as job {job}, without {without}", EXIT_STOPPED)
 
-    def _requeue(self, attempt: Attempt, without: Sequence[str] = ()) -> int:
+    def _requeue(self, attempt: Attempt) -> int:
         assert self.job is not None
-        left_out = f" without {', '.join(without)}" if without else ""
-        code = self._close(attempt, f"requeued{left_out}", EXIT_STOPPED)
-        self.job.requeue(without)
+        code = self._close(attempt, "requeued", EXIT_STOPPED)
+        self.job.requeue()
         return code
 
     def _close(self, attempt: Attempt, then: str, code: int) -> int:

@@ -70,11 +70,20 @@ def test_a_silent_slurm_is_told_from_a_job_that_it_does_not_know(fake: FakeSlurm
         slurm.state("5")
 
 
-def test_a_requeue_without_a_node_outlives_the_signal_that_it_causes(fake: FakeSlurm) -> None:
+def test_a_requeue_outlives_the_signal_that_it_brings_about(fake: FakeSlurm) -> None:
     asked = fake("kill -TERM $$")
-    Job("5", ("a", "b")).requeue(without=["b"])
-    said = asked.read_text().splitlines()
-    assert said == ["scontrol requeuehold 5", "scontrol update JobId=5 ExcNodeList=b", "scontrol release 5"]
+    Job("5", ("a", "b")).requeue()
+    assert asked.read_text() == "scontrol requeue 5\n"
+
+
+@pytest.mark.parametrize(("before", "after"), [("(null)", "b"), ("c,d", "b,c,d")])
+def test_another_job_leaves_out_a_dead_node_and_what_was_left_out_before(
+    before: str, after: str, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
+    asked = fake(f"case $0 in *sbatch) echo 6$SLURM_GPUS_PER_NODE;; *) echo 'ExcNodeList={before}';; esac")
+    assert Job("5", ("a", "b")).submit_without("job.sbatch", ["b"]) == "6"
+    assert asked.read_text().splitlines()[-1] == f"sbatch --parsable --exclude={after} job.sbatch"
 
 
 def test_nodes_that_are_drained_are_told_from_others(fake: FakeSlurm) -> None:
