@@ -83,8 +83,8 @@ class Job:
         A requeue would wait until Slurm itself has given up a node that is dead, and Slurm 22.05 then forgets the
         job's GPUs. Raises `LaunchError`.
         """
-        page = _patiently(lambda: _ask("scontrol", "--oneliner", "show", "job", self.number))
-        before = _field(page, "ExcNodeList")
+        page = _patiently(lambda: show(self.number))
+        before = field(page, "ExcNodeList")
         without = ",".join([*nodes, *([] if before in (None, "(null)") else [str(before)])])
         return _patiently(lambda: submit(path, f"--exclude={without}"))
 
@@ -101,12 +101,12 @@ class Job:
 def state(job: str) -> str | None:
     """RUNNING, PENDING, CANCELLED, ...; None if Slurm knows the job no more. Raises `SlurmSilentError`."""
     try:
-        said = _ask("scontrol", "--oneliner", "show", "job", job)
+        said = show(job)
     except SlurmSilentError:
         raise
     except LaunchError:
         return None
-    return _field(said, "JobState")
+    return field(said, "JobState")
 
 
 def script(folder: LaunchFolder, plan: Plan, request: Request, environment: Mapping[str, str]) -> str:
@@ -179,14 +179,20 @@ def ask_to_save(job: str) -> None:
 
 def free(job: str) -> bool:
     """Let a job run that Slurm holds back in the queue; whether it did. Raises `LaunchError`."""
-    reason = _field(_ask("scontrol", "--oneliner", "show", "job", job), "Reason") or ""
+    reason = field(show(job), "Reason") or ""
     held = "held" in reason.lower()
     if held:
         _ask("scontrol", "release", job)
     return held
 
 
-def _field(page: str, name: str) -> str | None:
+def show(job: str) -> str:
+    """All that Slurm says of a job, as NAME=VALUE. Raises `LaunchError`."""
+    return _ask("scontrol", "--oneliner", "show", "job", job)
+
+
+def field(page: str, name: str) -> str | None:
+    """Of what `show` said."""
     return next((word.partition("=")[2] for word in page.split() if word.startswith(f"{name}=")), None)
 
 

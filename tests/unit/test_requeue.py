@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner, Result
 
-from launch import slurm
+from launch import heir, slurm
 from launch.drain import DrainWatch
 from launch.folder import Attempt, LaunchFolder, Limits, Plan, read, write
 from launch.layout import refit
@@ -202,6 +202,38 @@ def test_what_was_changed_for_fewer_ranks_is_explained(folder: LaunchFolder) -> 
     folder.write_attempt(attempt)
     assert folder.attempts() == [attempt]
     assert "from step 0 with parallel.expert_parallel_size=2: no end" in next(story(folder))
+
+
+def test_a_supervisor_is_gone_when_it_counts_no_more_and_neither_ended_nor_went_on(
+    folder: LaunchFolder,
+) -> None:
+    home = folder.attempt_folder(1)
+    home.mkdir()
+    (home / "lease").write_text("7\n")
+    assert heir.is_gone(folder, 1, 0.3)
+    (home / "order").write_text("stop\n")
+    assert heir.is_gone(folder, 1, 0.3)
+    folder.attempt_folder(2).mkdir()
+    assert not heir.is_gone(folder, 1, 0.3)
+    (home / "order").write_text("end\n")
+    assert not heir.is_gone(folder, 1, 30.0)
+
+
+def test_one_agent_alone_queues_a_run_anew_whose_supervisor_is_gone(
+    fake: FakeSlurm, folder: LaunchFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "b")
+    folder.attempt_folder(1).mkdir()
+    fake("echo JobState=COMPLETING BatchHost=a")
+    assert heir.inherit(folder, 1, "b") is None
+    asked = fake("case $0 in *sbatch) echo 6;; *) echo JobState=RUNNING BatchHost=a ExcNodeList=c;; esac")
+    assert heir.inherit(folder, 1, "b") == "6"
+    assert heir.inherit(folder, 1, "d") is None
+    said = asked.read_text().splitlines()
+    assert f"sbatch --parsable --exclude=a,c {folder.home}/job.sbatch" in said
+    assert [line for line in said if "scancel" in line] == ["scancel 5"]
+    assert read(folder.home / "job.json") == {"job": "6"}
 
 
 def test_limits_of_earlier_plans_are_read(folder: LaunchFolder) -> None:
