@@ -59,12 +59,11 @@ class Attendance:
             self._leave(runners)
         self._show()
         reports = self.folder.reports(self.attempt.number)
-        steps = [rank.step for report in reports for rank in report.ranks if rank.step is not None]
         attempt = ended(
             self.attempt,
             ended=time.time(),
             to_step=self.folder.newest_step(),
-            last_step=max(steps, default=None),
+            last_step=self.folder.last_step(self.attempt.number),
         )
         if (mark := _mark(self.folder.done)) is not None and (mark != done_before or _all(reports, 0)):
             return ended(attempt, outcome="done")

@@ -215,6 +215,13 @@ class LaunchFolder:
                 found.append(NodeReport(**page | {"ranks": ranks}))
         return sorted(found, key=lambda report: report.node)
 
+    def last_step(self, number: int) -> int | None:
+        """That any rank of the attempt took, as far as its agent has said."""
+        steps = (
+            rank.step for report in self.reports(number) for rank in report.ranks if rank.step is not None
+        )
+        return max(steps, default=None)
+
     def newest_step(self) -> int:
         """Of the checkpoints; 0 without. Looks at names alone, for it must not fail where training would."""
         steps = [path.name.removeprefix("step_") for path in (self.run / "checkpoints").glob("step_*")]

@@ -80,11 +80,13 @@ class Supervisor:
         """Attempts whose supervisor was killed; the next one's owner token ends their writing."""
         for attempt in self.folder.attempts():
             if attempt.outcome is None:
+                found = {
+                    "to_step": self.folder.newest_step(),
+                    "last_step": self.folder.last_step(attempt.number),
+                }
                 how = {"outcome": "abandoned", "cause": "its supervisor ended without a word"}
                 then = "a new supervisor went on"
-                self.folder.write_attempt(
-                    ended(attempt, **how, ended=time.time(), then=then, to_step=self.folder.newest_step())
-                )
+                self.folder.write_attempt(ended(attempt, **how, **found, ended=time.time(), then=then))
 
     def _nodes(self) -> tuple[str, ...] | None:
         """Those to start on: the allocation's first that are not bad; None when too few are left.

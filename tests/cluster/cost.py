@@ -30,7 +30,8 @@ class Fault:
     """What is done to a run, and what is expected of it."""
 
     name: str
-    strike: Callable[[Place, str], None]
+    strike: Callable[[Place, str], float | None]
+    """Returns when it struck (s since 1970), if that is later than when it was called."""
     mend: Callable[[Place], None] = lambda place: None
     """Make the cluster whole again, after the run's end."""
     spares: int = 0
@@ -121,8 +122,8 @@ def suffer(place: Place, run: str, fault: Fault) -> Cost:
         options = ("--spares", str(fault.spares), *LIMITS, *fault.options)
         place.launch(run, "slurm", *options, f"train.steps={fault.steps}")
         wait(lambda: place.step(run) >= fault.at, f"step {fault.at}")
-        struck = time.time()
-        fault.strike(place, run)
+        called = time.time()
+        struck = fault.strike(place, run) or called
         to_the_end(place, run)
     attempts = place.attempts(run)
     last = attempts[-1]

@@ -45,9 +45,10 @@ def preempt(place: Place, run: str) -> None:
     place.slurm("sbatch", *wide)
 
 
-def time_limit(place: Place, run: str) -> None:
+def time_limit(place: Place, run: str) -> float:
     order = place.files(run).attempt_folder(1) / "order"
     wait(order.exists, "Slurm's signal before the time limit", 120)
+    return time.time()
 
 
 def drain(place: Place, run: str) -> None:
