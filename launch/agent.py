@@ -175,7 +175,11 @@ class Agent:
             if order == "stop" or self.asked in ("SIGTERM", "SIGINT"):
                 for rank in self.ranks:
                     _ask_to_stop(rank)
-            if now - said > _REPORT_SECONDS or died != [rank.died for rank in self.ranks]:
+            if (
+                order == "stacks"
+                or now - said > _REPORT_SECONDS
+                or died != [rank.died for rank in self.ranks]
+            ):
                 self._report()
                 said = now
             if order == "end" or now - seen > self.plan.limits.lease_seconds:

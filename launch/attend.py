@@ -18,6 +18,7 @@ from moe.errors import EXIT_STOPPED
 
 _POLL_SECONDS = 0.25
 _STACK_SECONDS = 2.0
+_SETTLE_SECONDS = 0.2
 _LEAVE_SECONDS = 5.0
 Runners = Sequence["subprocess.Popen[bytes]"]
 
@@ -52,11 +53,12 @@ class Attendance:
                 )
                 for command in start.commands(self.folder, self.plan, self.attempt)
             ]
+        verdict = None
         try:
             verdict = self._watch(runners)
         finally:
             self._order("end")
-            self._leave(runners)
+            self._leave(runners, verdict.host if verdict is not None and verdict.outcome == "lost" else None)
         self._show()
         reports = self.folder.reports(self.attempt.number)
         attempt = ended(
@@ -118,7 +120,10 @@ class Attendance:
     def _examine(self, verdict: Verdict) -> Verdict:
         """Which rank hangs: ask all for their stacks, keep them, and find the one that differs."""
         self._order("stacks")
-        time.sleep(_STACK_SECONDS)
+        end = time.monotonic() + _STACK_SECONDS
+        while time.monotonic() < end and not _all_answered(self.folder.reports(self.attempt.number)):
+            time.sleep(_SETTLE_SECONDS)
+        time.sleep(_SETTLE_SECONDS)  # a stack that is being written is read again
         reports = self.folder.reports(self.attempt.number)
         for report in reports:
             for rank in report.ranks:
@@ -147,10 +152,16 @@ class Attendance:
             return {"outcome": "saved", "cause": self._asked(reports) or "a signal to the ranks"}
         return {"outcome": "failed", "cause": "the ranks ended without a `done` record"}
 
-    def _leave(self, runners: Runners) -> None:
-        """Give agents and launchers a moment, then end the launchers; agents that live on have lost their lease."""
+    def _leave(self, runners: Runners, lost: str | None) -> None:
+        """Give agents and launchers a moment, then end the launchers; agents that live on have lost their lease.
+
+        A launcher may wait long for a lost node: then agents on the others are all that is waited for.
+        """
         end = time.monotonic() + _LEAVE_SECONDS
         while any(runner.poll() is None for runner in runners) and time.monotonic() < end:
+            reports = self.folder.reports(self.attempt.number)
+            if lost is not None and all(report.ended for report in reports if report.host != lost):
+                break
             time.sleep(0.05)
         for runner in runners:
             with suppress(ProcessLookupError):
@@ -168,6 +179,12 @@ class Attendance:
             self.shown += len(said)
             sys.stderr.write(said.decode(errors="replace"))
             sys.stderr.flush()
+
+
+def _all_answered(reports: Sequence[NodeReport]) -> bool:
+    """Whether every rank that can has shown its stack."""
+    alive = [rank for report in reports for rank in report.ranks if rank.code is None]
+    return all(rank.stack or rank.stopped for rank in alive)
 
 
 def _all(reports: Sequence[NodeReport], code: int) -> bool:

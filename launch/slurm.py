@@ -115,7 +115,8 @@ def script(folder: LaunchFolder, plan: Plan, request: Request, environment: Mapp
     options = {
         "job-name": request.name,
         "nodes": most if plan.min_nodes is None else f"{plan.min_nodes}-{most}",
-        "ntasks-per-node": 1,
+        # With it, and with a choice of nodes, Slurm takes the fewest; without, as many as are free.
+        "ntasks-per-node": 1 if plan.min_nodes is None else None,
         "cpus-per-task": None if plan.cpus_per_rank is None else plan.cpus_per_rank * plan.ranks_per_node,
         "gpus-per-node": request.gpus_per_node or None,
         "partition": request.partition,

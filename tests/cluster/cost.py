@@ -58,6 +58,8 @@ class Cost:
     """Seconds from the first attempt's begin to its first step."""
     seconds: float
     """From the fault to the first new step."""
+    stopped: float
+    """From the fault to the first attempt's end."""
     lost: int
     """Steps that were taken again."""
     attempts: tuple[Attempt, ...]
@@ -130,7 +132,8 @@ def suffer(place: Place, run: str, fault: Fault) -> Cost:
     restarted = len(attempts) > 1
     again = timeline.first(last.began, last.from_step + 1) if restarted else timeline.gap_end(struck)
     boot = timeline.first(attempts[0].began, 1) - attempts[0].began
-    return Cost(boot, again - struck, _lost(attempts), tuple(attempts))
+    stopped = (attempts[0].ended or struck) - struck
+    return Cost(boot, again - struck, stopped, _lost(attempts), tuple(attempts))
 
 
 def to_the_end(place: Place, run: str) -> None:

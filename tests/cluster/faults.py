@@ -144,6 +144,8 @@ def row(place: Place, fault: Fault) -> str:
     beyond = cost.seconds - cost.boot if len(cost.attempts) > 1 else cost.seconds
     goal = "" if fault.goal is None else f"{fault.goal:.0f}"
     outcomes = ", ".join(str(attempt.outcome) for attempt in cost.attempts)
+    if (first := cost.attempts[0]).outcome == "hung":
+        outcomes = f"{outcomes}: stopped after {cost.stopped:.1f} s, rank {first.rank} on {first.host}"
     numbers = f"{cost.seconds:.1f} | {cost.boot:.1f} | {beyond:.1f} | {goal} | {cost.lost}"
     return f"| {fault.name} | {numbers} | {outcomes} | {'the same' if same else 'OTHERS'} |"
 

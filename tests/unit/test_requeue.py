@@ -193,7 +193,9 @@ def test_with_fewer_nodes_as_many_are_used_as_the_recipe_fits(
 
 def test_a_script_asks_for_as_few_nodes_as_will_do(tmp_path: Path) -> None:
     plan = Plan("slurm", str(tmp_path / "run"), "/", "python", 4, 2, min_nodes=2)
-    assert "#SBATCH --nodes=2-5\n" in script(LaunchFolder(tmp_path), plan, Request("demo", spares=1), {})
+    page = script(LaunchFolder(tmp_path), plan, Request("demo", spares=1), {})
+    assert "#SBATCH --nodes=2-5\n" in page
+    assert "ntasks" not in page  # else Slurm takes the fewest
 
 
 def test_what_was_changed_for_fewer_ranks_is_explained(folder: LaunchFolder) -> None:
