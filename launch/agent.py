@@ -7,7 +7,6 @@ what it started by pid and process group, and so never touches another job.
 """
 
 import argparse
-import ctypes
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from launch import heir, procfs
 from launch.folder import LaunchFolder, NodeReport, Plan, RankReport, read, write
 from moe.attempt import BEAT, OWNER, STACKS
 from moe.errors import EXIT_STOPPED, LaunchError, clean_exit
@@ -68,7 +68,7 @@ class _Rank:
             still_seconds=round(now - self.last_beat, 1),
             code=self.process.returncode,
             seconds_dead=0.0 if self.died is None else round(now - self.died, 2),
-            stopped=self.died is None and _status(self.process.pid, "State:").startswith(("T", "t")),
+            stopped=self.died is None and procfs.status(self.process.pid, "State:").startswith(("T", "t")),
             stack=stack,
         )
 
@@ -100,6 +100,7 @@ class Agent:
             for rank in self.ranks:
                 _end(rank)
             self._report(ended=True)
+        self._look_after_run()
         codes = {rank.process.returncode for rank in self.ranks}
         return 0 if codes == {0} else EXIT_STOPPED if codes <= {0, EXIT_STOPPED} else 1
 
@@ -128,14 +129,14 @@ class Agent:
             }
             with self.folder.log(self.number, rank).open("ab") as log:
                 process = subprocess.Popen(
-                    [self.plan.python, "-u", "-m", "moe.train", str(self.folder.recipe)],
+                    [self.plan.python, "-u", "-m", "moe.train", str(self.folder.recipe), *attempt.overrides],
                     cwd=self.plan.working_folder,
                     env=environment(self.plan) | {name: str(value) for name, value in told.items()},
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=procfs.die_with_parent,
                 )
             self.ranks.append(_Rank(rank, process, beat, stacks, time.monotonic()))
 
@@ -174,11 +175,25 @@ class Agent:
             if order == "stop" or self.asked in ("SIGTERM", "SIGINT"):
                 for rank in self.ranks:
                     _ask_to_stop(rank)
-            if now - said > _REPORT_SECONDS or died != [rank.died for rank in self.ranks]:
+            if (
+                order == "stacks"
+                or now - said > _REPORT_SECONDS
+                or died != [rank.died for rank in self.ranks]
+            ):
                 self._report()
                 said = now
             if order == "end" or now - seen > self.plan.limits.lease_seconds:
                 return
+
+    def _look_after_run(self) -> None:
+        """Where nobody else would."""
+        silence = self.plan.limits.lease_seconds
+        if (
+            self.plan.kind == "slurm"
+            and self.asked is None
+            and heir.is_gone(self.folder, self.number, silence)
+        ):
+            heir.inherit(self.folder, self.number, self.host)
 
     def _orders(self) -> str | None:
         return _text(self.folder.attempt_folder(self.number) / "order")
@@ -209,15 +224,15 @@ def environment(plan: Plan) -> dict[str, str]:
 
 
 def _ask_to_stop(rank: _Rank) -> None:
-    """Once it can hear it: before its handler is there, SIGTERM would end it unsaved, and its peers with it."""
-    if not rank.told and rank.died is None and _catches(rank.process.pid, signal.SIGTERM):
+    """Once it can hear it: earlier, SIGTERM would end it unsaved, and its peers with it."""
+    if not rank.told and rank.died is None and procfs.catches(rank.process.pid, signal.SIGTERM):
         with suppress(ProcessLookupError):
             rank.process.send_signal(signal.SIGTERM)
         rank.told = True
 
 
 def _ask_for_stack(rank: _Rank) -> None:
-    if not rank.asked_for_stack and rank.died is None and _catches(rank.process.pid, signal.SIGUSR2):
+    if not rank.asked_for_stack and rank.died is None and procfs.catches(rank.process.pid, signal.SIGUSR2):
         with suppress(ProcessLookupError):
             rank.process.send_signal(signal.SIGUSR2)
         rank.asked_for_stack = True
@@ -231,28 +246,10 @@ def _end(rank: _Rank) -> None:
     rank.look()
 
 
-def _catches(pid: int, number: signal.Signals) -> bool:
-    caught = _status(pid, "SigCgt:") or "0"
-    return bool(int(caught, 16) >> (number - 1) & 1)
-
-
-def _status(pid: int, field_name: str) -> str:
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
-            if line.startswith(field_name):
-                return line.split(maxsplit=1)[1]
-    return ""
-
-
 def _text(path: Path) -> str | None:
     with suppress(OSError):
         return path.read_text(encoding="utf-8").strip() or None
     return None
-
-
-def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _place(plan: Plan, given: int | None) -> tuple[int, str]:
@@ -284,6 +281,7 @@ def main() -> int:
     node, host = _place(plan, given.node)
     scratch = Path(tempfile.mkdtemp(prefix="turnout-", dir=_memory()))
     try:
+        plan = plan.sized(attempt)
         return Agent(folder, plan, given.attempt, node, host or attempt.nodes[node], scratch).run()
     finally:
         shutil.rmtree(scratch, ignore_errors=True)

@@ -18,6 +18,7 @@ from moe.errors import EXIT_STOPPED
 
 _POLL_SECONDS = 0.25
 _STACK_SECONDS = 2.0
+_SETTLE_SECONDS = 0.2
 _LEAVE_SECONDS = 5.0
 Runners = Sequence["subprocess.Popen[bytes]"]
 
@@ -52,19 +53,19 @@ class Attendance:
                 )
                 for command in start.commands(self.folder, self.plan, self.attempt)
             ]
+        verdict = None
         try:
             verdict = self._watch(runners)
         finally:
             self._order("end")
-            self._leave(runners)
+            self._leave(runners, verdict.host if verdict is not None and verdict.outcome == "lost" else None)
         self._show()
         reports = self.folder.reports(self.attempt.number)
-        steps = [rank.step for report in reports for rank in report.ranks if rank.step is not None]
         attempt = ended(
             self.attempt,
             ended=time.time(),
             to_step=self.folder.newest_step(),
-            last_step=max(steps, default=None),
+            last_step=self.folder.last_step(self.attempt.number),
         )
         if (mark := _mark(self.folder.done)) is not None and (mark != done_before or _all(reports, 0)):
             return ended(attempt, outcome="done")
@@ -92,7 +93,7 @@ class Attendance:
                 return self._examine(verdict) if verdict.outcome == "hung" else verdict
             now = time.monotonic()
             if len(reports) < self.plan.num_nodes and (
-                now - self.began > limits.boot_seconds
+                now - self.began > limits.agent_seconds
                 or (now - self.began > 1.0 and all(runner.poll() is not None for runner in runners))
             ):
                 return self._no_agent(reports)
@@ -119,7 +120,10 @@ class Attendance:
     def _examine(self, verdict: Verdict) -> Verdict:
         """Which rank hangs: ask all for their stacks, keep them, and find the one that differs."""
         self._order("stacks")
-        time.sleep(_STACK_SECONDS)
+        end = time.monotonic() + _STACK_SECONDS
+        while time.monotonic() < end and not _all_answered(self.folder.reports(self.attempt.number)):
+            time.sleep(_SETTLE_SECONDS)
+        time.sleep(_SETTLE_SECONDS)  # a stack that is being written is read again
         reports = self.folder.reports(self.attempt.number)
         for report in reports:
             for rank in report.ranks:
@@ -129,11 +133,18 @@ class Attendance:
         return Verdict("hung", f"{verdict.cause}; {found.cause}", found.rank, found.host)
 
     def _no_agent(self, reports: Sequence[NodeReport]) -> Verdict:
+        """A node is lost if others have begun; else it is the launcher that failed, and no node is to blame."""
         said = {report.node for report in reports}
         node = next(node for node in range(self.plan.num_nodes) if node not in said)
         launcher = self.folder.logs(self.attempt.number) / "launcher.log"
-        host = self.attempt.nodes[node]
-        return Verdict("lost", f"no agent began on node {node}; see {launcher}", None, host)
+        if not said:
+            words = launcher.read_text(encoding="utf-8", errors="replace").strip().splitlines()
+            return Verdict(
+                "unstarted", f"no agent began: {words[-1] if words else 'no word'}; see {launcher}"
+            )
+        return Verdict(
+            "lost", f"no agent began on node {node}; see {launcher}", None, self.attempt.nodes[node]
+        )
 
     def _quiet_end(self, reports: Sequence[NodeReport]) -> dict[str, str]:
         """All ranks left with 0 or 75, and there is no new `done` record."""
@@ -141,10 +152,16 @@ class Attendance:
             return {"outcome": "saved", "cause": self._asked(reports) or "a signal to the ranks"}
         return {"outcome": "failed", "cause": "the ranks ended without a `done` record"}
 
-    def _leave(self, runners: Runners) -> None:
-        """Give agents and launchers a moment, then end the launchers; agents that live on have lost their lease."""
+    def _leave(self, runners: Runners, lost: str | None) -> None:
+        """Give agents and launchers a moment, then end the launchers; agents that live on have lost their lease.
+
+        A launcher may wait long for a lost node: then agents on the others are all that is waited for.
+        """
         end = time.monotonic() + _LEAVE_SECONDS
         while any(runner.poll() is None for runner in runners) and time.monotonic() < end:
+            reports = self.folder.reports(self.attempt.number)
+            if lost is not None and all(report.ended for report in reports if report.host != lost):
+                break
             time.sleep(0.05)
         for runner in runners:
             with suppress(ProcessLookupError):
@@ -162,6 +179,12 @@ class Attendance:
             self.shown += len(said)
             sys.stderr.write(said.decode(errors="replace"))
             sys.stderr.flush()
+
+
+def _all_answered(reports: Sequence[NodeReport]) -> bool:
+    """Whether every rank that can has shown its stack."""
+    alive = [rank for report in reports for rank in report.ranks if rank.code is None]
+    return all(rank.stack or rank.stopped for rank in alive)
 
 
 def _all(reports: Sequence[NodeReport], code: int) -> bool:

@@ -13,7 +13,8 @@ import click
 
 from launch import hosts as host_names
 from launch import slurm, start
-from launch.folder import Attempt, Kind, LaunchFolder, Limits, Plan, write, write_text
+from launch.folder import Attempt, Kind, LaunchFolder, Limits, Plan, write_text
+from launch.submit import submit
 from moe import log, recipe
 from moe.config import RunConfig
 from moe.errors import LaunchError
@@ -31,6 +32,11 @@ _LIMITS = Limits()
 @click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
 @click.option("--on", "kind", type=click.Choice(get_args(Kind)), default="local", show_default=True)
 @click.option("--nodes", type=click.IntRange(min=1), help="Nodes that train. For hosts: all that are named.")
+@click.option(
+    "--min-nodes",
+    type=click.IntRange(min=1),
+    help="Hosts, Slurm: as few will do, with the same batch, when there are no more.",
+)
 @click.option("--gpus-per-node", type=click.IntRange(min=1), help="A rank on each.")
 @click.option("--ranks-per-node", type=click.IntRange(min=1), help="Where there are no GPUs.")
 @click.option("--cpus-per-rank", type=click.IntRange(min=1), help="Slurm: cores to ask for, by rank.")
@@ -52,6 +58,13 @@ _LIMITS = Limits()
     default=300,
     show_default=True,
     help="Slurm: seconds before the time limit to save and requeue.",
+)
+@click.option(
+    "--agent-limit",
+    type=click.FloatRange(min=1),
+    default=_LIMITS.agent_seconds,
+    show_default=True,
+    help="Seconds for a node's agent to begin.",
 )
 @click.option(
     "--boot-limit",
@@ -80,6 +93,7 @@ def command(
     overrides: tuple[str, ...],
     kind: Kind,
     nodes: int | None,
+    min_nodes: int | None,
     gpus_per_node: int | None,
     ranks_per_node: int | None,
     cpus_per_rank: int | None,
@@ -94,6 +108,7 @@ def command(
     exclude: str | None,
     modules: tuple[str, ...],
     signal_before: int,
+    agent_limit: float,
     boot_limit: float,
     hang_limit: float,
     lease: float,
@@ -139,7 +154,8 @@ def command(
         pdsh=kind == "hosts" and not plain_ssh,
         cpus_per_rank=cpus_per_rank,
         environment=_forwarded(os.environ),
-        limits=Limits(boot_limit, hang_limit, lease),
+        min_nodes=min_nodes,
+        limits=Limits(agent_limit, boot_limit, hang_limit, lease),
     )
     request = slurm.Request(
         name=run.name,
@@ -154,9 +170,12 @@ def command(
         signal_seconds=signal_before,
         modules=modules,
     )
-    from moe import train  # torch: only after the recipe has been found sound
+    from launch.layout import refit  # torch: only after the recipe has been found sound
+    from moe import train
 
     train.preflight(run, plan.world_size)
+    if min_nodes is not None:
+        _check_fewest(plan, refit(recipe_path, min_nodes * per_node, overrides))
     folder = LaunchFolder(Path(plan.run_folder))
     script = slurm.script(folder, plan, request, _exports(plan)) if kind == "slurm" else None
     if dry_run:
@@ -176,12 +195,8 @@ def _launch(run: RunConfig, folder: LaunchFolder, plan: Plan, script: str | None
     folder.write_plan(replace(plan, first_attempt=len(folder.attempts()) + 1))
     (folder.home / "job.json").unlink(missing_ok=True)
     if script is not None:
-        path = folder.home / "job.sbatch"
-        write_text(path, script)
-        slurm.test(str(path))
-        job = slurm.submit(str(path))
-        write(folder.home / "job.json", {"job": job})
-        click.echo(f"job {job} is submitted; its script is {path}")
+        write_text(folder.home / "job.sbatch", script)
+        click.echo(f"job {submit(folder)} is submitted; its script is {folder.home / 'job.sbatch'}")
         click.echo(f"look: turnout status {folder.run}, turnout logs {folder.run}, turnout stop {folder.run}")
         return 0
     from launch.supervise import supervise
@@ -205,6 +220,20 @@ def _per_node(gpus_per_node: int | None, ranks_per_node: int | None) -> int:
             f"none. Give one of them."
         )
     return gpus_per_node or ranks_per_node or 1
+
+
+def _check_fewest(plan: Plan, changes: tuple[str, ...] | None) -> None:
+    if plan.kind == "local":
+        raise LaunchError("--min-nodes is given, but --on local is this machine alone. Leave it out.")
+    if plan.min_nodes is not None and plan.min_nodes > plan.num_nodes:
+        raise LaunchError(
+            f"--min-nodes is {plan.min_nodes}, but --nodes is {plan.num_nodes}. Use at most as many."
+        )
+    if changes is None:
+        raise LaunchError(
+            f"--min-nodes is {plan.min_nodes}, but no smaller micro-batch or group of experts fits the recipe's batch "
+            f"to {plan.min_nodes} x {plan.ranks_per_node} ranks. Use another --min-nodes or train.global_batch_size."
+        )
 
 
 def _only_with(kind: Kind, right: Kind, options: Mapping[str, object]) -> None:

@@ -29,6 +29,8 @@ Order = Literal["stop", "stacks", "end"]
 class Limits:
     """When a run that goes wrong is acted upon."""
 
+    agent_seconds: float = 120.0
+    """For every node's agent to begin; a node without one is lost."""
     boot_seconds: float = 900.0
     """For the first step, imports and loading included."""
     hang_seconds: float = 300.0
@@ -61,10 +63,16 @@ class Plan:
     limits: Limits = Limits()
     first_attempt: int = 1
     """Of this launch; earlier ones belong to earlier launches of the same run."""
+    min_nodes: int | None = None
+    """How few will do when there are no more; None: all or nothing."""
 
     @property
     def world_size(self) -> int:
         return self.num_nodes * self.ranks_per_node
+
+    def sized(self, attempt: "Attempt") -> "Plan":
+        """The plan with as many nodes as the attempt has."""
+        return replace(self, num_nodes=len(attempt.nodes))
 
 
 @dataclass(frozen=True)
@@ -82,7 +90,7 @@ class Attempt:
     """Slurm's number of the job."""
     ended: float | None = None
     outcome: str | None = None
-    """done, saved, failed, hung, lost, refused or abandoned; None while it runs."""
+    """done, saved, failed, hung, lost, unstarted, refused or abandoned; None while it runs."""
     rank: int | None = None
     """The first that failed."""
     host: str | None = None
@@ -92,6 +100,8 @@ class Attempt:
     """Of the newest checkpoint when it ended."""
     then: str | None = None
     """What was done about it."""
+    overrides: tuple[str, ...] = ()
+    """Of the recipe, for as many ranks as there are."""
 
     @property
     def owner(self) -> str:
@@ -184,7 +194,8 @@ class LaunchFolder:
 
     def attempt(self, number: int) -> Attempt | None:
         page = read(self.attempt_folder(number) / "attempt.json")
-        return None if page is None else Attempt(**page | {"nodes": tuple(page["nodes"])})
+        lists = {name: tuple((page or {}).get(name, ())) for name in ("nodes", "overrides")}
+        return None if page is None else Attempt(**page | lists)
 
     def attempts(self) -> list[Attempt]:
         """Oldest first."""
@@ -203,6 +214,13 @@ class LaunchFolder:
                 ranks = tuple(RankReport(**rank) for rank in page["ranks"])
                 found.append(NodeReport(**page | {"ranks": ranks}))
         return sorted(found, key=lambda report: report.node)
+
+    def last_step(self, number: int) -> int | None:
+        """That any rank of the attempt took, as far as its agent has said."""
+        steps = (
+            rank.step for report in self.reports(number) for rank in report.ranks if rank.step is not None
+        )
+        return max(steps, default=None)
 
     def newest_step(self) -> int:
         """Of the checkpoints; 0 without. Looks at names alone, for it must not fail where training would."""

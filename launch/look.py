@@ -10,6 +10,7 @@ import click
 
 from launch import slurm
 from launch.folder import Attempt, LaunchFolder, read, write_text
+from launch.submit import job_of
 from moe.errors import LaunchError
 
 _run = click.argument("run", type=click.Path(path_type=Path))
@@ -18,8 +19,8 @@ _WATCH_SECONDS = 2.5
 
 def alive(folder: LaunchFolder) -> str | None:
     """What trains there or waits to, in words; None: nothing. Takes seconds if somebody has trained there."""
-    job = _job(folder)
-    if job is not None and (state := slurm_state(job)) in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED"):
+    job = job_of(folder)
+    if job is not None and (state := slurm_state(job)) in slurm.UNENDED:
         return f"job {job} of Slurm is {state}"
     running = [attempt for attempt in folder.attempts() if attempt.outcome is None]
     if not running:
@@ -59,8 +60,8 @@ def status(run: Path) -> None:
     if attempts:
         attempt = attempts[-1]
         click.echo(
-            f"attempt {attempt.number} of {plan.world_size} ranks on {', '.join(attempt.nodes)}; newest checkpoint: "
-            f"step {folder.newest_step()}"
+            f"attempt {attempt.number} of {plan.sized(attempt).world_size} ranks on {', '.join(attempt.nodes)}; "
+            f"newest checkpoint: step {folder.newest_step()}"
         )
         for report in folder.reports(attempt.number):
             for rank in report.ranks:
@@ -107,7 +108,7 @@ def stop(run: Path, seconds: float) -> None:
         click.echo("nothing trains there")
         return
     write_text(folder.stop, "stop\n")
-    job = _job(folder)
+    job = job_of(folder)
     if job is not None and slurm_state(job) == "PENDING":
         slurm.cancel(job)
     end = time.monotonic() + seconds
@@ -145,7 +146,8 @@ def story(folder: LaunchFolder) -> Iterator[str]:
 
 def _sentence(attempt: Attempt) -> str:
     on = f"on {', '.join(attempt.nodes)}" + (f" (job {attempt.job})" if attempt.job else "")
-    begin = f"attempt {attempt.number} {on} from step {attempt.from_step}"
+    fitted = f" with {', '.join(attempt.overrides)}" if attempt.overrides else ""
+    begin = f"attempt {attempt.number} {on} from step {attempt.from_step}{fitted}"
     if attempt.outcome is None or attempt.ended is None:
         return f"{begin}: no end is known; it runs, or its supervisor was killed"
     took = f"after {attempt.ended - attempt.began:.0f} s at step {attempt.last_step or attempt.from_step}"
@@ -161,11 +163,6 @@ def _last_words(path: Path) -> Iterator[str]:
     lines = [line for line in (_text(path) or "").splitlines() if line.strip()]
     if lines:
         yield f"    its last words: {lines[-1][:200]}"
-
-
-def _job(folder: LaunchFolder) -> str | None:
-    page = read(folder.home / "job.json")
-    return None if page is None else str(page["job"])
 
 
 def _text(path: Path) -> str | None:

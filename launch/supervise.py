@@ -3,7 +3,7 @@
     python -m launch.supervise RUN
 
 `turnout launch` starts it: on this machine for local and hosts, as the batch script's program for Slurm. What failed
-is started anew: in the same allocation, with a spare node for a lost one, or by a requeue without that node. Success
+is started anew: in the same allocation, with a spare node for a lost one, or by a job without that node. Success
 is the run's `done` record, whatever exit codes say.
 """
 
@@ -11,19 +11,21 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from launch import start
 from launch.attend import Attendance
-from launch.folder import Attempt, LaunchFolder, Plan, ended, fruitless, write_text
+from launch.drain import DrainWatch
+from launch.folder import Attempt, LaunchFolder, Plan, ended, fruitless, write, write_text
 from launch.slurm import Job
 from moe import log
 from moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, LaunchError, clean_exit
 
 EXIT_FAILED = 1
+_PAUSE_SECONDS = 10.0
 
 
 @dataclass
@@ -40,12 +42,16 @@ class Supervisor:
     def run(self) -> int:
         """All attempts; the exit code of the command."""
         self._abandon()
+        with DrainWatch.watching(None if self.job is None else self.job.drained) as drain:
+            return self._run(lambda: self.asked or drain.wants())
+
+    def _run(self, asked: Callable[[], str | None]) -> int:
         while (nodes := self._nodes()) is not None:
             attempt = self._begin(nodes)
-            attempt = Attendance(self.folder, self.plan, attempt, lambda: self.asked).attend()
+            attempt = Attendance(self.folder, self.plan.sized(attempt), attempt, asked).attend()
             if attempt.outcome == "done":
                 return self._close(attempt, "the run is complete", 0)
-            if attempt.outcome == "saved" or self.asked or self.folder.stop.exists():
+            if attempt.outcome == "saved" or asked() or self.folder.stop.exists():
                 return self._leave(attempt)
             if attempt.outcome == "refused":
                 return self._close(attempt, "given up: the ranks would refuse it again", EXIT_USER_ERROR)
@@ -56,6 +62,8 @@ class Supervisor:
             if attempt.outcome == "lost" and attempt.host is not None:
                 self.bad.add(attempt.host)
             self._note(attempt, "started again" if self._nodes() else "too few nodes are left")
+            if attempt.outcome == "unstarted":
+                time.sleep(_PAUSE_SECONDS)
         return self._give_up_nodes()
 
     def listen(self) -> None:
@@ -72,19 +80,35 @@ class Supervisor:
         """Attempts whose supervisor was killed; the next one's owner token ends their writing."""
         for attempt in self.folder.attempts():
             if attempt.outcome is None:
+                found = {
+                    "to_step": self.folder.newest_step(),
+                    "last_step": self.folder.last_step(attempt.number),
+                }
                 how = {"outcome": "abandoned", "cause": "its supervisor ended without a word"}
                 then = "a new supervisor went on"
-                self.folder.write_attempt(
-                    ended(attempt, **how, ended=time.time(), then=then, to_step=self.folder.newest_step())
-                )
+                self.folder.write_attempt(ended(attempt, **how, **found, ended=time.time(), then=then))
 
     def _nodes(self) -> tuple[str, ...] | None:
-        """Those to start on: the allocation's first that are not bad; None when too few are left."""
+        """Those to start on: the allocation's first that are not bad; None when too few are left.
+
+        If fewer will do: as many as the recipe can be fitted to.
+        """
         if self.plan.kind == "local":
             return ("127.0.0.1",)
         given = self.job.nodes if self.job is not None else self.plan.hosts
         good = [node for node in given if node not in self.bad]
-        return tuple(good[: self.plan.num_nodes]) if len(good) >= self.plan.num_nodes else None
+        most, least = min(len(good), self.plan.num_nodes), self.plan.min_nodes or self.plan.num_nodes
+        fitting = (size for size in range(most, least - 1, -1) if self._overrides(size) is not None)
+        size = next(fitting, None)
+        return None if size is None else tuple(good[:size])
+
+    def _overrides(self, num_nodes: int) -> tuple[str, ...] | None:
+        """Of the recipe, on so many nodes; None: it cannot be trained on them."""
+        if num_nodes == self.plan.num_nodes:
+            return ()  # the launch has checked it
+        from launch.layout import refit
+
+        return refit(self.folder.recipe, num_nodes * self.plan.ranks_per_node)
 
     def _begin(self, nodes: tuple[str, ...]) -> Attempt:
         number = max((attempt.number for attempt in self.folder.attempts()), default=0) + 1
@@ -95,6 +119,7 @@ class Supervisor:
             began=time.time(),
             from_step=self.folder.newest_step(),
             job=None if self.job is None else self.job.number,
+            overrides=self._overrides(len(nodes)) or (),
         )
         self.folder.attempt_folder(number).mkdir(parents=True)
         self.folder.logs(number).mkdir(parents=True, exist_ok=True)
@@ -106,11 +131,12 @@ class Supervisor:
             page = start.hostfile(attempt, self.plan.ranks_per_node)
             write_text(self.folder.home / "hostfile", page)
         log.get().info(
-            "attempt %d: %d ranks on %s, from step %d; logs in %s",
+            "attempt %d: %d ranks on %s, from step %d%s; logs in %s",
             number,
-            self.plan.world_size,
+            self.plan.sized(attempt).world_size,
             ", ".join(nodes),
             attempt.from_step,
+            "".join(f", {override}" for override in attempt.overrides),
             self.folder.logs(number),
         )
         return attempt
@@ -125,16 +151,17 @@ class Supervisor:
 
     def _give_up_nodes(self) -> int:
         attempt = self.folder.attempts()[-1]
-        if self.job is not None and self.job.is_running():
-            return self._requeue(attempt, without=sorted(self.bad))
-        sentence = f"given up: without {', '.join(sorted(self.bad))} there are too few nodes"
-        return self._close(attempt, sentence, EXIT_FAILED)
+        without = ", ".join(sorted(self.bad))
+        if self.job is None or not self.job.is_running():
+            return self._close(attempt, f"given up: without {without} there are too few nodes", EXIT_FAILED)
+        job = self.job.submit_without(str(self.folder.home / "job.sbatch"), sorted(self.bad))
+        write(self.folder.home / "job.json", {"job": job})
+        return self._close(attempt, f"queued anew as job {job}, without {without}", EXIT_STOPPED)
 
-    def _requeue(self, attempt: Attempt, without: Sequence[str] = ()) -> int:
+    def _requeue(self, attempt: Attempt) -> int:
         assert self.job is not None
-        left_out = f" without {', '.join(without)}" if without else ""
-        code = self._close(attempt, f"requeued{left_out}", EXIT_STOPPED)
-        self.job.requeue(without)
+        code = self._close(attempt, "requeued", EXIT_STOPPED)
+        self.job.requeue()
         return code
 
     def _close(self, attempt: Attempt, then: str, code: int) -> int:

@@ -17,7 +17,7 @@ class Verdict:
     """How an attempt goes wrong."""
 
     outcome: str
-    """failed, refused, hung or lost."""
+    """failed, refused, hung, lost or unstarted."""
     cause: str
     rank: int | None = None
     host: str | None = None

@@ -27,6 +27,7 @@ VERBS = {
     "status": ("launch.look:status", "Say whether a launched run trains, and how far it is."),
     "logs": ("launch.look:logs", "Print what a rank of a launched run said."),
     "stop": ("launch.look:stop", "Let a launched run save and end."),
+    "requeue": ("launch.submit:requeue", "Put a launched run back into Slurm's queue, saved."),
     "explain": ("launch.look:explain", "Say what happened to a launched run, and why."),
     "doctor": ("launch.doctor:command", "Look at hosts before a long run, and say which to leave out."),
     "testbed": ("launch.testbed.command:command", "Start a small cluster of namespaces on this box."),

@@ -114,6 +114,12 @@ class Place:
         assert len({record["step"] for record in records}) == len(records)
         return {record["step"]: record["loss"] for record in records}
 
+    def weights(self, run: str) -> dict[str, str]:
+        """Of the newest checkpoint the hash of every tensor, the optimizer's included."""
+        newest = self.folder / run / "checkpoints" / f"step_{self.files(run).newest_step()}" / "manifest.json"
+        tensors: dict[str, dict[str, str]] = json.loads(newest.read_text())["tensors"]
+        return {name: page["xxh3"] for name, page in tensors.items()}
+
     def step(self, run: str) -> int:
         return max(self.losses(run), default=0)
 
@@ -149,6 +155,10 @@ class Place:
     def job(self, run: str) -> str:
         page: dict[str, str] = json.loads((self.files(run).home / "job.json").read_text())
         return page["job"]
+
+    def job_state(self, run: str) -> str | None:
+        said = self.slurm("scontrol", "--oneliner", "show", "job", self.job(run))
+        return next((word[9:] for word in said.split() if word.startswith("JobState=")), None)
 
 
 def wait(true: Callable[[], object], what: str, seconds: float = 400) -> None:

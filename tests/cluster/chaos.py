@@ -1,0 +1,139 @@
+"""A number and a seed -> so many random faults over several runs, at random moments, and whether all ended well.
+
+    python -m tests.cluster.chaos --faults 20 --seed 1
+
+A line a run; exit code 1 if a run did not end by itself, left a process, or has other weights than a run that nothing
+happened to. As root, on a testbed of its own; half a minute a fault. The seed fixes what strikes and when it is meant
+to; what it then meets, in a rank that just saves or boots, the machine decides.
+"""
+
+import os
+import random
+import sys
+from collections.abc import Callable
+from contextlib import suppress
+
+import click
+import psutil
+
+from launch.folder import fruitless
+from launch.testbed.machines import CONTROLLER
+from tests.cluster import faults
+from tests.cluster.conftest import Place, wait
+from tests.cluster.cost import EVERY, LIMITS, a_place, give_up, to_the_end, undisturbed
+
+_STEPS = 80
+_A_RUN = 4
+"""Faults, at most."""
+_BOOT_SECONDS = 20.0
+_EARLY = 0.3
+"""Of the faults, while the ranks boot."""
+
+Strike = Callable[[Place, str], object]
+
+
+def _on_a_rank(signal: str, rank: int) -> Strike:
+    return lambda place, run: place.kill(run, rank, signal)
+
+
+def _kill_agent(node: str) -> Strike:
+    def strike(place: Place, run: str) -> None:
+        for pid in place.cluster.machines.pids(node):
+            with suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if "launch.agent" in process.cmdline() and "srun" not in process.name():
+                    process.kill()
+
+    return strike
+
+
+_KINDS: dict[str, Strike] = {
+    **{f"kill -9 of rank {rank}": _on_a_rank("KILL", rank) for rank in range(4)},
+    **{f"SIGSTOP of rank {rank}": _on_a_rank("STOP", rank) for rank in range(4)},
+    "kill -9 of n1's agent": _kill_agent("n1"),
+    "kill -9 of n2's agent": _kill_agent("n2"),
+    "USR1": faults.usr1,
+    "scontrol requeue": faults.requeue,
+    "link down for 2 s": faults.unplug(2.0),
+    "slurmctld restarted": faults.kill_daemon(CONTROLLER, "slurmctld", 1.0),
+    "slurmd killed for 2 s": faults.kill_daemon("n2", "slurmd", 2.0),
+    "power-off of n2": faults.power_off("n2"),
+}
+
+
+def disturbed(place: Place, run: str, most: int, dice: random.Random) -> list[str]:
+    """Train with up to so many faults, and to the end; what struck. Raises AssertionError if it does not end well."""
+    place.launch(run, "slurm", *LIMITS, "--spares", "1", f"train.steps={_STEPS}")
+    struck: list[str] = []
+    off = "power-off of n2"
+    try:
+        while len(struck) < most:
+            name = dice.choice([name for name in _KINDS if name != off or off not in struck])
+            early, later, steps = dice.random() < _EARLY, dice.uniform(0, _BOOT_SECONDS), dice.randint(1, 15)
+            if not _moment(place, run, early, later, steps):
+                break  # it is done
+            with suppress(Exception):  # what it was meant for may be gone
+                _KINDS[name](place, run)
+                struck.append(name)
+        to_the_end(place, run)
+    finally:
+        give_up(place, run)
+        if off in struck:
+            faults.boot("n2")(place)
+        faults.whole(place)
+    return struck
+
+
+def _moment(place: Place, run: str, early: bool, seconds: float, steps: int) -> bool:
+    """Wait for the moment to strike; False: the run is done first.
+
+    After two attempts in a row without a new checkpoint, for one: a third would be the last, as it should.
+    """
+    known = [attempt for attempt in place.attempts(run) if attempt.outcome is not None]
+    if fruitless(known) >= 2:
+        early, steps = False, EVERY + 3
+
+    def ready() -> bool:
+        attempt = next(iter(place.attempts(run)[-1:]), None)
+        if attempt is None or attempt.outcome is not None:
+            return False
+        ranks = [rank for report in place.files(run).reports(attempt.number) for rank in report.ranks]
+        if len(ranks) < 4 or any(rank.code is not None for rank in ranks):
+            return False
+        if early:
+            return min(rank.still_seconds for rank in ranks) >= seconds or any(rank.beats for rank in ranks)
+        return min(rank.step or 0 for rank in ranks) >= min(attempt.from_step + steps, _STEPS - 3)
+
+    done = place.folder / run / "done"
+    wait(lambda: done.exists() or ready(), "a moment to strike")
+    return not done.exists()
+
+
+@click.command()
+@click.option("--faults", "number", type=click.IntRange(min=1), default=20, show_default=True)
+@click.option("--seed", type=int, default=0, show_default=True)
+def command(number: int, seed: int) -> None:
+    """Plant random faults in runs, and see that all end by themselves with the right weights."""
+    os.environ["PATH"] += ":/usr/sbin:/sbin"
+    dice, count, bad, runs = random.Random(seed), 0, 0, 0
+    with a_place() as place:
+        expected = place.weights(undisturbed(place, _STEPS))
+        while count < number:
+            runs += 1
+            run = f"runs/chaos-{seed}-{runs}-"
+            try:
+                struck = disturbed(place, run, min(_A_RUN, number - count), dice)
+                well = "the right weights" if place.weights(run) == expected else "OTHER WEIGHTS"
+            except AssertionError as error:
+                struck, well = [], f"NO END: {error}"
+                click.echo(place.says("explain", run))
+            bad += well != "the right weights"
+            count += max(1, len(struck))
+            outcomes = ", ".join(str(attempt.outcome) for attempt in place.attempts(run))
+            click.echo(f"seed {seed}, run {runs}: {'; '.join(struck)}: {outcomes}: {well}")
+    click.echo(f"{count} faults in {runs} runs, {bad} of which went wrong")
+    sys.exit(1 if bad else 0)
+
+
+if __name__ == "__main__":
+    command()

@@ -1,0 +1,22 @@
+"""Whatever happens to a run, it ends by itself with the weights of one that nothing happened to."""
+
+import pytest
+
+from tests.cluster import faults
+from tests.cluster.conftest import Place
+from tests.cluster.cost import Fault, suffer, undisturbed
+
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
+
+
+@pytest.mark.parametrize("fault", faults.FAULTS.values(), ids=list(faults.FAULTS))
+def test_a_fault_costs_no_more_steps_than_it_may_and_not_a_bit_of_the_weights(
+    fault: Fault, place: Place
+) -> None:
+    expected, run = undisturbed(place, fault.steps), faults.folder(fault)
+    cost = suffer(place, run, fault)
+    assert place.losses(run) == place.losses(expected)
+    assert place.weights(run) == place.weights(expected)
+    assert cost.attempts[0].outcome == fault.outcome
+    assert cost.attempts[-1].outcome == "done"
+    assert cost.lost <= fault.most_lost

@@ -1,0 +1,247 @@
+"""Back into the queue: what Slurm is asked and when, what a person is told, and layouts for other numbers of ranks."""
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from launch import heir, slurm
+from launch.drain import DrainWatch
+from launch.folder import Attempt, LaunchFolder, Limits, Plan, read, write
+from launch.layout import refit
+from launch.look import story
+from launch.slurm import Job, Request, SlurmSilentError, script
+from launch.supervise import Supervisor
+from moe.cli import turnout
+from moe.errors import LaunchError
+
+FakeSlurm = Callable[[str], Path]
+
+
+@pytest.fixture
+def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
+    """Slurm's commands as a script that gets the body; what they were asked for stands in the file it returns."""
+    monkeypatch.setattr(slurm, "_RETRY_SECONDS", 0.01)
+    folder, asked = tmp_path / "bin", tmp_path / "asked"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
+
+    def make(body: str) -> Path:
+        for name in ("scontrol", "sbatch", "sinfo", "scancel"):
+            path = folder / name
+            path.write_text(f'#!/bin/sh\necho "{name} $*" >> {asked}\n{body}\n')
+            path.chmod(0o755)
+        return asked
+
+    return make
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> LaunchFolder:
+    """Of a run that was launched through Slurm as job 5."""
+    folder = LaunchFolder(tmp_path / "run")
+    folder.home.mkdir(parents=True)
+    folder.write_plan(Plan("slurm", str(folder.run), str(tmp_path), "python", 2, 2))
+    write(folder.home / "job.json", {"job": "5"})
+    return folder
+
+
+def _requeue(folder: LaunchFolder) -> Result:
+    return CliRunner().invoke(turnout, ["requeue", str(folder.run)])
+
+
+def test_slurm_is_asked_again_while_it_is_silent(fake: FakeSlurm, tmp_path: Path) -> None:
+    asked = fake(
+        f'[ -e {tmp_path}/up ] || {{ touch {tmp_path}/up; echo "Unable to contact slurm controller" >&2; exit 1; }}\n'
+        "echo JobState=RUNNING"
+    )
+    assert Job("5", ("a",)).is_running()
+    assert asked.read_text().splitlines() == ["scontrol --oneliner show job 5"] * 2
+
+
+def test_a_silent_slurm_is_told_from_a_job_that_it_does_not_know(fake: FakeSlurm) -> None:
+    fake('echo "Invalid job id specified" >&2; exit 1')
+    assert slurm.state("5") is None
+    fake('echo "Unable to contact slurm controller (connect failure)" >&2; exit 1')
+    with pytest.raises(SlurmSilentError, match="reached no slurmctld"):
+        slurm.state("5")
+
+
+def test_a_requeue_outlives_the_signal_that_it_brings_about(fake: FakeSlurm) -> None:
+    asked = fake("kill -TERM $$")
+    Job("5", ("a", "b")).requeue()
+    assert asked.read_text() == "scontrol requeue 5\n"
+
+
+@pytest.mark.parametrize(("before", "after"), [("(null)", "b"), ("c,d", "b,c,d")])
+def test_another_job_leaves_out_a_dead_node_and_what_was_left_out_before(
+    before: str, after: str, fake: FakeSlurm, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_GPUS_PER_NODE", "8")
+    asked = fake(f"case $0 in *sbatch) echo 6$SLURM_GPUS_PER_NODE;; *) echo 'ExcNodeList={before}';; esac")
+    assert Job("5", ("a", "b")).submit_without("job.sbatch", ["b"]) == "6"
+    assert asked.read_text().splitlines()[-1] == f"sbatch --parsable --exclude={after} job.sbatch"
+
+
+def test_nodes_that_are_drained_are_told_from_others(fake: FakeSlurm) -> None:
+    fake("echo a drained; echo b draining@; echo c mixed; echo d down*")
+    assert Job("5", ("a", "b", "c", "d")).drained() == {"a", "b"}
+
+
+def test_a_drain_is_noticed_beside_the_training_and_an_error_is_no_news() -> None:
+    answers = iter([frozenset(), frozenset({"b"})])
+
+    def ask() -> frozenset[str]:
+        try:
+            return next(answers)
+        except StopIteration:
+            raise LaunchError("no answer") from None
+
+    with DrainWatch.watching(ask, seconds=0.01) as drain:
+        assert drain.wants() is None
+        end = time.monotonic() + 20
+        while drain.wants() is None:
+            assert time.monotonic() < end
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert drain.wants() == "drain of b"
+
+
+def test_a_running_job_is_asked_to_save_until_it_is_in_the_queue(
+    fake: FakeSlurm, folder: LaunchFolder
+) -> None:
+    mark = folder.home / "saves"
+    asked = fake(
+        f"case $0 in *scancel) touch {mark};; esac\n[ -e {mark} ] && echo JobState=PENDING || echo JobState=RUNNING"
+    )
+    result = _requeue(folder)
+    assert "job 5 is back in the queue" in result.output
+    assert "scancel --signal=USR1 --batch 5" in asked.read_text()
+
+
+def test_a_job_that_has_ended_is_submitted_anew(fake: FakeSlurm, folder: LaunchFolder) -> None:
+    asked = fake("case $* in *--parsable*) echo 6;; *) echo JobState=FAILED;; esac")
+    folder.attempt_folder(1).mkdir()
+    folder.write_attempt(Attempt(1, "t", ("a", "b"), 0.0, 0, "5", 1.0, "failed"))
+    folder.stop.write_text("stop\n")
+    assert "is queued anew as job 6" in _requeue(folder).output
+    assert f"sbatch --parsable {folder.home}/job.sbatch" in asked.read_text()
+    assert read(folder.home / "job.json") == {"job": "6"}
+    assert not folder.stop.exists()
+    assert folder.plan().first_attempt == 2
+
+
+@pytest.mark.parametrize(
+    ("said", "told"),
+    [
+        ("JobState=PENDING Reason=Priority", "job 5 is in the queue already"),
+        ("JobState=PENDING Reason=JobHeldUser", "job 5 was held in the queue and is free"),
+    ],
+)
+def test_a_job_in_the_queue_stays_there_and_is_held_no_more(
+    said: str, told: str, fake: FakeSlurm, folder: LaunchFolder
+) -> None:
+    fake(f"echo {said}")
+    assert told in _requeue(folder).output
+
+
+def test_what_cannot_be_requeued_is_refused(fake: FakeSlurm, folder: LaunchFolder) -> None:
+    fake("echo JobState=COMPLETING")
+    assert "job 5 of Slurm is COMPLETING. Wait" in str(_requeue(folder).exception)
+    fake("echo JobState=COMPLETED")
+    folder.done.write_text('{"step": 8, "tokens": 1}\n')
+    assert "is done: there is nothing to go on with" in str(_requeue(folder).exception)
+    folder.write_plan(replace(folder.plan(), kind="hosts"))
+    assert "where there is no queue" in str(_requeue(folder).exception)
+
+
+@pytest.mark.parametrize(
+    ("section", "ranks", "changes"),
+    [
+        ({}, 4, ()),
+        ({}, 2, ("parallel.expert_parallel_size=2",)),
+        ({}, 1, ("parallel.expert_parallel_size=1",)),
+        ({}, 8, ("train.micro_batch_size=1",)),
+        ({}, 3, None),
+        ({"balance": {"capacity_factor": 1.5}}, 8, None),
+    ],
+)
+def test_a_recipe_is_fitted_to_other_ranks_with_the_same_batch(
+    section: dict[str, object],
+    ranks: int,
+    changes: tuple[str, ...] | None,
+    tiny_page: dict[str, object],
+    write_recipe: Callable[[dict[str, object]], Path],
+) -> None:
+    page = tiny_page | {"parallel": {"expert_parallel_size": 4}} | section
+    assert refit(write_recipe(page), ranks) == changes
+
+
+def test_with_fewer_nodes_as_many_are_used_as_the_recipe_fits(
+    folder: LaunchFolder, tiny_page: dict[str, object], write_recipe: Callable[[dict[str, object]], Path]
+) -> None:
+    folder.recipe.write_text(write_recipe(tiny_page).read_text())
+    plan = Plan("slurm", str(folder.run), "/", "python", 4, 1, min_nodes=1)
+    supervisor = Supervisor(folder, plan, Job("5", ("a", "b", "c", "d")), bad={"b"})
+    assert supervisor._nodes() == ("a", "c")  # on three the batch of 8 cannot be
+    assert replace(supervisor, plan=replace(plan, min_nodes=None))._nodes() is None
+    assert replace(supervisor, bad=set())._nodes() == ("a", "b", "c", "d")
+
+
+def test_a_script_asks_for_as_few_nodes_as_will_do(tmp_path: Path) -> None:
+    plan = Plan("slurm", str(tmp_path / "run"), "/", "python", 4, 2, min_nodes=2)
+    page = script(LaunchFolder(tmp_path), plan, Request("demo", spares=1), {})
+    assert "#SBATCH --nodes=2-5\n" in page
+    assert "ntasks" not in page  # else Slurm takes the fewest
+
+
+def test_what_was_changed_for_fewer_ranks_is_explained(folder: LaunchFolder) -> None:
+    folder.attempt_folder(1).mkdir()
+    attempt = Attempt(1, "t", ("a",), 0.0, 0, overrides=("parallel.expert_parallel_size=2",))
+    folder.write_attempt(attempt)
+    assert folder.attempts() == [attempt]
+    assert "from step 0 with parallel.expert_parallel_size=2: no end" in next(story(folder))
+
+
+def test_a_supervisor_is_gone_when_it_counts_no_more_and_neither_ended_nor_went_on(
+    folder: LaunchFolder,
+) -> None:
+    home = folder.attempt_folder(1)
+    home.mkdir()
+    (home / "lease").write_text("7\n")
+    assert heir.is_gone(folder, 1, 0.3)
+    (home / "order").write_text("stop\n")
+    assert heir.is_gone(folder, 1, 0.3)
+    folder.attempt_folder(2).mkdir()
+    assert not heir.is_gone(folder, 1, 0.3)
+    (home / "order").write_text("end\n")
+    assert not heir.is_gone(folder, 1, 30.0)
+
+
+def test_one_agent_alone_queues_a_run_anew_whose_supervisor_is_gone(
+    fake: FakeSlurm, folder: LaunchFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "5")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "b")
+    folder.attempt_folder(1).mkdir()
+    fake("echo JobState=COMPLETING BatchHost=a")
+    assert heir.inherit(folder, 1, "b") is None
+    asked = fake("case $0 in *sbatch) echo 6;; *) echo JobState=RUNNING BatchHost=a ExcNodeList=c;; esac")
+    assert heir.inherit(folder, 1, "b") == "6"
+    assert heir.inherit(folder, 1, "d") is None
+    said = asked.read_text().splitlines()
+    assert f"sbatch --parsable --exclude=a,c {folder.home}/job.sbatch" in said
+    assert [line for line in said if "scancel" in line] == ["scancel 5"]
+    assert read(folder.home / "job.json") == {"job": "6"}
+
+
+def test_limits_of_earlier_plans_are_read(folder: LaunchFolder) -> None:
+    """A plan of an earlier release has no limit for agents."""
+    page = read(folder.home / "plan.json")
+    assert page is not None
+    del page["limits"]["agent_seconds"], page["min_nodes"]
+    write(folder.home / "plan.json", page)
+    assert folder.plan().limits == Limits()
