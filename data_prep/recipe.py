@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from data_prep.treatment import Clean, Decontaminate, Duplicates, LocalExecutor, NonEmpty, Patterns
+from data_prep.treatment import Clean, Decontaminate, Duplicates, Executor, NonEmpty, Patterns
 from moe.recipe import PathText, Section
 
 
@@ -151,8 +151,13 @@ class DataRecipe(Section):
     """What a row that is no JSON or has no text does: end the work, or go into quarantine.jsonl and be counted."""
     part_megabytes: PositiveInt = 64
     """Text of a part, in 10^6 bytes: parts are made side by side, each with its shards, when work is in stages."""
-    executor: LocalExecutor | None = None
+    executor: Executor | None = None
     """Who works on the parts; null: this process alone, or all cores where a setting above needs stages."""
+
+    @field_validator("executor", mode="before")
+    @classmethod
+    def _local_unless_said(cls, block: Any) -> Any:
+        return {"type": "local", **block} if isinstance(block, dict) else block
 
     @property
     def is_staged(self) -> bool:

@@ -74,9 +74,19 @@ class Decontaminate(Section):
     """Length of the run."""
 
 
-class LocalExecutor(Section):
+class _Executor(Section):
+    """What all executors know."""
+
+    part_minutes: Annotated[float, Field(gt=0.0, le=525_600.0)] | None = None
+    """A part of a stage that takes longer is ended, with the stack of what it did, and the work with it; null: none."""
+
+
+class LocalExecutor(_Executor):
     """Processes of this machine."""
 
-    type: Literal["local"] = "local"
+    type: Literal["local"]
     workers: PositiveInt | None = None
     """Processes at work; null: one a core. The result is the same for any number."""
+
+
+Executor = LocalExecutor
