@@ -1,13 +1,16 @@
-"""Slurm's commands: a plan -> a batch script; a job -> its nodes, its state, its requeue."""
+"""A plan -> a batch script for Slurm; a job -> its nodes, its state, its requeue."""
 
 import os
 import shlex
-import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launch.folder import LaunchFolder, Plan
+from moe import slurm
 from moe.errors import LaunchError
+from moe.slurm import cancel, submit, test
+
+__all__ = ["Job", "Request", "cancel", "script", "state", "submit", "test"]
 
 
 @dataclass(frozen=True)
@@ -46,7 +49,7 @@ class Job:
                 "this run was planned for Slurm, but SLURM_JOB_ID is not set: we are in no job. "
                 "Submit the script in the run's folder with sbatch, or launch it anew with --on hosts or local."
             )
-        return cls(number, tuple(_ask("scontrol", "show", "hostnames", nodelist).split()))
+        return cls(number, tuple(slurm.ask("scontrol", "show", "hostnames", nodelist).split()))
 
     def is_running(self) -> bool:
         """Whether Slurm has other plans for it already: then it is cancelled, completing or pending."""
@@ -55,17 +58,17 @@ class Job:
     def requeue(self, without: Sequence[str] = ()) -> None:
         """Back into the queue, and soon over here; `without` these nodes. Raises `LaunchError`."""
         if without:
-            _ask("scontrol", "requeuehold", self.number)
-            _ask("scontrol", "update", f"JobId={self.number}", f"ExcNodeList={','.join(without)}")
-            _ask("scontrol", "release", self.number)
+            slurm.ask("scontrol", "requeuehold", self.number)
+            slurm.ask("scontrol", "update", f"JobId={self.number}", f"ExcNodeList={','.join(without)}")
+            slurm.ask("scontrol", "release", self.number)
         else:
-            _ask("scontrol", "requeue", self.number)
+            slurm.ask("scontrol", "requeue", self.number)
 
 
 def state(job: str) -> str | None:
     """RUNNING, PENDING, CANCELLED, ...; None if Slurm knows the job no more."""
     try:
-        said = _ask("scontrol", "--oneliner", "show", "job", job)
+        said = slurm.ask("scontrol", "--oneliner", "show", "job", job)
     except LaunchError:
         return None
     return next((word[9:] for word in said.split() if word.startswith("JobState=")), None)
@@ -89,18 +92,10 @@ def script(folder: LaunchFolder, plan: Plan, request: Request, environment: Mapp
         "open-mode": "append",
         "output": folder.run / "logs" / "slurm-%j.log",
     }
-    for name, value in options.items():
-        if "\n" in str(value):
-            raise LaunchError(
-                f"--{name} is {str(value)!r}: in a batch script it has one line, and what follows would be run. Give "
-                f"it without a line break."
-            )
-    lines = [f"#SBATCH --{name}={value}" for name, value in options.items() if value is not None]
     exports = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    return "\n".join(
+    return slurm.script(
+        options,
         [
-            "#!/usr/bin/env bash",
-            *lines,
             "#SBATCH --requeue",
             "#SBATCH --no-kill",
             "#",
@@ -113,41 +108,5 @@ def script(folder: LaunchFolder, plan: Plan, request: Request, environment: Mapp
             *(f"module load {shlex.quote(module)}" for module in request.modules),
             *exports,
             f"exec {shlex.join([plan.python, '-u', '-m', 'launch.supervise', str(folder.run)])}",
-            "",
-        ]
+        ],
     )
-
-
-def test(path: str) -> None:
-    """Let Slurm check a batch script without queueing it. Raises `LaunchError` with what it says."""
-    _ask("sbatch", "--test-only", path)
-
-
-def submit(path: str) -> str:
-    """Queue a batch script; the job's number. Raises `LaunchError`."""
-    return _ask("sbatch", "--parsable", path).strip().partition(";")[0]
-
-
-def cancel(job: str) -> None:
-    """Raises `LaunchError`."""
-    _ask("scancel", job)
-
-
-def _ask(*command: str) -> str:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
-    except FileNotFoundError:
-        raise LaunchError(
-            f"{command[0]} is not there: this machine has no Slurm commands. Launch from a login node, "
-            f"or try it on this machine with `turnout testbed up`."
-        ) from None
-    except subprocess.TimeoutExpired:
-        raise LaunchError(
-            f"`{shlex.join(command)}` gave no answer in 60 s. Is slurmctld up? Ask sinfo."
-        ) from None
-    if done.returncode:
-        raise LaunchError(
-            f"`{shlex.join(command)}` failed: {done.stderr.strip() or done.stdout.strip()}. "
-            f"Correct what it names, or ask sinfo which partitions and nodes there are."
-        )
-    return done.stdout
