@@ -1,12 +1,13 @@
 """Units of a stage -> whoever works on them, and a judgement by the records that they leave, whatever they say."""
 
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
-from data_prep import pool, progress, records
+from data_prep import on_ray, pool, progress, records
+from data_prep.on_slurm import Slurm
 from data_prep.records import Unit
-from data_prep.treatment import Executor, LocalExecutor
+from data_prep.treatment import Executor, LocalExecutor, RayExecutor, SlurmExecutor
 from moe.errors import DataError
 
 
@@ -24,11 +25,19 @@ class Workers(Protocol):
 
 def workers(config: Executor | None) -> AbstractContextManager[Workers]:
     """Of the recipe's executor; null: this machine's cores."""
-    return pool.workers(config or LocalExecutor(type="local"))
+    match config:
+        case None | LocalExecutor():
+            return pool.workers(config or LocalExecutor(type="local"))
+        case SlurmExecutor():
+            return nullcontext(Slurm(config))
+        case RayExecutor():
+            return on_ray.workers(config)
 
 
 def run(units: Sequence[Unit], at_work: Workers) -> int:
     """Do all units that are not finished; the number of those. Raises `DataError` that names the unit that failed."""
+    if not units:
+        return 0
     stage = units[0].stage
     records.sweep(stage)
     todo = [unit for unit in units if records.finished(unit) is None]

@@ -4,6 +4,9 @@
 """
 
 import faulthandler
+import os
+import socket
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,7 +15,7 @@ from pathlib import Path
 from data_prep import records
 from data_prep.records import Unit
 from moe import log
-from moe.errors import DataError, TurnoutError
+from moe.errors import DataError, TurnoutError, clean_exit
 
 _LATE = "late"
 
@@ -71,3 +74,20 @@ def _watched(unit: Unit, minutes: float | None) -> Iterator[None]:
         finally:
             faulthandler.cancel_dump_traceback_later()
             path.unlink(missing_ok=True)
+
+
+def main(folder: Path, number: int) -> None:
+    """Do the units of task `number` that have no record yet. Raises `TurnoutError`."""
+    from data_prep import on_slurm
+
+    units, minutes = on_slurm.load(folder, number)
+    for unit in units:
+        if records.recorded(unit) is None:
+            log.get().info("stage %s on %s", unit, socket.gethostname())
+            do(unit, minutes)
+
+
+if __name__ == "__main__":
+    log.setup()
+    with clean_exit():
+        main(Path(sys.argv[1]), int(os.environ["SLURM_ARRAY_TASK_ID"]))

@@ -49,3 +49,25 @@ def units(folder: Path, how: str, count: int = 5, seconds: float = 0.0) -> list[
         Unit(folder / "stage", f"{n:05d}", "key", Works(how, 0.5) if n == BAD else Works("well", seconds))
         for n in range(count)
     ]
+
+
+def main(how: str, folder: Path, config: str) -> None:
+    """Run units on an executor, as a command does."""
+    from data_prep import executors
+    from data_prep.recipe import DataRecipe
+    from moe import log, recipe
+    from moe.errors import clean_exit
+
+    log.setup()
+    with clean_exit():
+        sound = "{name: x, sources: [{type: stdlib}], tokenizer: {type: bpe, vocab_size: 300}}"
+        page = recipe.parse(DataRecipe, sound, [f"executor={config}"], source="test")
+        with executors.workers(page.executor) as at_work:
+            executors.run(units(folder, how), at_work)
+
+
+if __name__ == "__main__":
+    # By its full name, or the workers would look for the class in their own main module.
+    from tests.unit import failing
+
+    failing.main(sys.argv[1], Path(sys.argv[2]).resolve(), sys.argv[3])

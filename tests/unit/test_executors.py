@@ -24,7 +24,7 @@ ENDS = {
 }
 
 
-def _ends(folder: Path, how: str, config: Executor) -> str:
+def ends(folder: Path, how: str, config: Executor) -> str:
     """What is said; within 30 s, of the right unit, of which nothing is left."""
     work = units(folder, how)
     began = time.monotonic()
@@ -43,18 +43,18 @@ def _ends(folder: Path, how: str, config: Executor) -> str:
 )
 def test_a_part_that_ends_badly_in_a_process_ends_the_stage_and_is_named(tmp_path: Path, how: str) -> None:
     limit = 0.03 if how == "hangs" else None
-    assert ENDS[how] in _ends(tmp_path, how, LocalExecutor(type="local", workers=2, part_minutes=limit))
+    assert ENDS[how] in ends(tmp_path, how, LocalExecutor(type="local", workers=2, part_minutes=limit))
 
 
 @pytest.mark.parametrize("how", ["refused", "raises", "disk full", "says it is done"])
 def test_a_part_that_ends_badly_in_this_process_is_named(tmp_path: Path, how: str) -> None:
-    assert ENDS[how] in _ends(tmp_path, how, LocalExecutor(type="local", workers=1))
+    assert ENDS[how] in ends(tmp_path, how, LocalExecutor(type="local", workers=1))
 
 
 def test_a_part_that_hangs_is_ended_with_its_stack_also_where_one_process_works(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    said = _ends(tmp_path, "hangs", LocalExecutor(type="local", workers=1, part_minutes=0.03))
+    said = ends(tmp_path, "hangs", LocalExecutor(type="local", workers=1, part_minutes=0.03))
     assert "took longer than executor.part_minutes" in said
     assert "failing.py" in caplog.text
 
