@@ -13,7 +13,6 @@ from data_prep.recipe import DataRecipe
 from data_prep.records import Record, Unit
 from data_prep.texts import QUARANTINE
 from moe.data.shards import (
-    MANIFEST_NAME,
     TOKENIZER_NAME,
     Amount,
     Manifest,
@@ -64,7 +63,7 @@ def assemble(recipe: DataRecipe, digests: Sequence[str | None], made: Made, fold
         raise DataError(
             f"{kept} documents were kept, but {written} are in the shards: this is a fault of turnout."
         )
-    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    manifest.write(folder)
     return manifest
 
 

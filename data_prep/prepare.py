@@ -16,7 +16,6 @@ from data_prep.texts import open_source
 from data_prep.vocabulary import Vocabulary
 from moe import log
 from moe.data.shards import (
-    MANIFEST_NAME,
     TOKENIZER_NAME,
     FileStamp,
     Manifest,
@@ -60,7 +59,7 @@ def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
         assert ready is not None
         log.get().info("encoding into %s", recipe.folder)
         manifest = _write(recipe, sources, digests, ready, folder)
-        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        manifest.write(folder)
     summarise(manifest, recipe.folder)
     return TokenData.open(recipe.folder, verify=False)
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep import files
-from data_prep.clean import cleaner
+from data_prep.clean import Cleaner, cleaner
 from data_prep.documents import Account, Document, Dropped, Source
 from data_prep.hub import hub
 from data_prep.parts import PartWriter
@@ -75,7 +75,14 @@ class ReadAndClean:
     def __call__(self, folder: Path) -> Facts:
         source = open_source(self.source, tolerant=self.tolerant)
         clean = cleaner(self.clean)
-        account, writer, drops = Account(), PartWriter(folder, self.part_bytes), _Drops()
+        writer = PartWriter(folder, self.part_bytes)
+        try:
+            return self._write(folder, source, clean, writer)
+        finally:
+            writer.abandon()
+
+    def _write(self, folder: Path, source: Source, clean: Cleaner, writer: PartWriter) -> Facts:
+        account, drops = Account(), _Drops()
         for row, item in enumerate(source.items()):
             account.reads(item)
             if isinstance(item, Dropped):
