@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep import documents
+from data_prep import documents, report
 from data_prep.encode import SPLITS
 from data_prep.prepare import check_splits
 from data_prep.recipe import DataRecipe
@@ -64,6 +64,7 @@ def assemble(recipe: DataRecipe, digests: Sequence[str | None], made: Made, fold
             f"{kept} documents were kept, but {written} are in the shards: this is a fault of turnout."
         )
     manifest.write(folder)
+    report.write(folder, report.merged(record.facts["examples"] for _, record, _ in made.encoded))
     return manifest
 
 

@@ -5,7 +5,7 @@ from contextlib import ExitStack
 from itertools import groupby
 from pathlib import Path
 
-from data_prep import output, shares, vocabulary
+from data_prep import output, report, shares, vocabulary
 from data_prep.chat import ChatTokenizer
 from data_prep.documents import Account, Document, Dropped, Source, nothing_left
 from data_prep.encoder import Encoder
@@ -60,6 +60,7 @@ def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
         log.get().info("encoding into %s", recipe.folder)
         manifest = _write(recipe, sources, digests, ready, folder)
         manifest.write(folder)
+        report.write(folder)
     summarise(manifest, recipe.folder)
     return TokenData.open(recipe.folder, verify=False)
 
@@ -220,4 +221,9 @@ def summarise(manifest: Manifest, folder: Path) -> None:
             len(facts.shards),
             facts.bytes / facts.tokens,
         )
-    say("%s is ready: vocabulary of %s tokens", folder, f"{manifest.tokenizer.vocab_size:,}")
+    say(
+        "%s is ready: vocabulary of %s tokens; %s tells more",
+        folder,
+        f"{manifest.tokenizer.vocab_size:,}",
+        report.HTML_NAME,
+    )

@@ -30,7 +30,7 @@ from moe.errors import DataError
 STAGES = ("text", "tests", "marks", "verdicts", "tokenizer", "encode")
 _CLAIM = "stages.json"
 _DECIDING = ("datatrove", "ftfy", "numpy", "pyarrow", "rensa", "tokenizers")
-_FORMAT = 1
+_FORMAT = 2
 
 
 class _Enough(Exception):  # noqa: N818  no error: the stage that was asked for is done
