@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
@@ -55,7 +56,7 @@ def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
     with output.workspace(recipe.folder, replace=overwrite) as folder:
         if isinstance(tokenizer, BpeTokenizer):
             log.get().info("training a tokenizer of %s tokens", f"{tokenizer.vocab_size:,}")
-            ready = vocabulary.train(tokenizer, sources)
+            ready = vocabulary.train(tokenizer, [_told(source) for source in sources])
         assert ready is not None
         log.get().info("encoding into %s", recipe.folder)
         manifest = _write(recipe, sources, digests, ready, folder)
@@ -63,6 +64,11 @@ def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
         report.write(folder)
     summarise(manifest, recipe.folder)
     return TokenData.open(recipe.folder, verify=False)
+
+
+def _told(source: Source) -> Source:
+    """The same, with a count of what is read for the tokenizer."""
+    return replace(source, items=lambda: watched(source.items(), f"reading {source.name} for the tokenizer"))
 
 
 def up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabulary | None) -> bool:

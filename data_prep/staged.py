@@ -77,7 +77,8 @@ def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
         except _Enough:
             return None
         with output.workspace(recipe.folder, replace=asked.overwrite) as folder:
-            manifest = assemble.assemble(recipe, digests, made, folder)
+            names = [source.name for source in sources]
+            manifest = assemble.assemble(recipe, list(zip(names, digests, strict=True)), made, folder)
     summarise(manifest, recipe.folder)
     return TokenData.open(recipe.folder, verify=False)
 

@@ -80,6 +80,7 @@ def test_copies_go_and_every_document_is_accounted_for(tmp_path: Path) -> None:
     _sums(data)
     assert all_texts(data) == sorted([*TEXTS, *CJK, *LONG, "hi", "e-mail me: email@example.com"])
     jsonl, parquet, text = data.manifest.sources
+    assert jsonl.source == f"jsonl {tmp_path}/in/*.jsonl"
     assert {why: amount.documents for why, amount in jsonl.dropped.items()} == {"exact duplicate": 9}
     assert {why: amount.documents for why, amount in parquet.dropped.items()} == {
         "exact duplicate": 9,
