@@ -45,6 +45,14 @@ class ParquetSource(Section):
     """Column of the text."""
 
 
+class WarcSource(Section):
+    """Records of plain text in WARC files, such as Common Crawl's WET files, also .gz and .zst."""
+
+    type: Literal["warc"]
+    paths: Patterns
+    """Files or glob patterns, from the working folder; ** matches folders within folders."""
+
+
 class HubSource(Section):
     """A dataset of the Hugging Face Hub, or a folder that `datasets` can load, read as a stream."""
 
@@ -79,7 +87,7 @@ class ChatSource(Section):
 
 
 Source = Annotated[
-    StdlibSource | TextSource | JsonlSource | ParquetSource | HubSource | ChatSource,
+    StdlibSource | TextSource | JsonlSource | ParquetSource | WarcSource | HubSource | ChatSource,
     Field(discriminator="type"),
 ]
 
