@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep import documents
+from data_prep import documents, report
 from data_prep.encode import SPLITS
 from data_prep.prepare import check_splits
 from data_prep.recipe import DataRecipe
 from data_prep.records import Record, Unit
 from data_prep.texts import QUARANTINE
 from moe.data.shards import (
-    MANIFEST_NAME,
     TOKENIZER_NAME,
     Amount,
     Manifest,
@@ -39,32 +38,38 @@ class Made:
     encoded: Sequence[tuple[Unit, Record, int]]
 
 
-def assemble(recipe: DataRecipe, digests: Sequence[str | None], made: Made, folder: Path) -> Manifest:
-    """Fill `folder`, by hard links where they can be; raises `DataError` if an account does not balance."""
+def assemble(
+    recipe: DataRecipe, sources: Sequence[tuple[str, str | None]], made: Made, folder: Path
+) -> Manifest:
+    """Fill `folder`, by hard links where they can be; `sources` are (name, digest) each.
+
+    Raises `DataError` if an account does not balance.
+    """
     tokenizer = TokenizerFacts.model_validate(made.tokens.facts["tokenizer"])
     (folder / TOKENIZER_NAME).mkdir()
     for name in made.tokens.files:
         _link(made.tokenizer.folder / name, folder / TOKENIZER_NAME / name)
     splits = {split: _split(split, made, folder) for split in SPLITS}
-    sources = [_account(number, digest, made) for number, digest in enumerate(digests)]
+    accounts = [_account(number, *source, made) for number, source in enumerate(sources)]
     with (folder / QUARANTINE).open("wb") as quarantine:
         for unit, _, _ in made.texts:
             quarantine.write((unit.folder / QUARANTINE).read_bytes())
-    check_splits(recipe, splits, sources)
+    check_splits(recipe, splits, accounts)
     manifest = Manifest(
         recipe=recipe.identity,
         dtype=token_dtype(tokenizer.vocab_size),
         tokenizer=tokenizer,
         splits={split: facts for split, facts in splits.items() if facts},
-        sources=sources,
+        sources=accounts,
     )
-    kept = sum(source.kept.documents for source in sources)
+    kept = sum(source.kept.documents for source in accounts)
     written = sum(facts.documents for facts in manifest.splits.values())
     if kept != written:
         raise DataError(
             f"{kept} documents were kept, but {written} are in the shards: this is a fault of turnout."
         )
-    (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+    manifest.write(folder)
+    report.write(folder, report.merged(record.facts["examples"] for _, record, _ in made.encoded))
     return manifest
 
 
@@ -91,12 +96,12 @@ def _split(split: Split, made: Made, folder: Path) -> SplitFacts | None:
     )
 
 
-def _account(number: int, digest: str | None, made: Made) -> SourceFacts:
+def _account(number: int, name: str, digest: str | None, made: Made) -> SourceFacts:
     """What was read, and what became of it in the text stage and by the verdicts."""
     accounts = [
         SourceFacts.model_validate(record.facts["account"]) for _, record, of in made.texts if of == number
     ]
-    clean = documents.add(accounts, accounts[0].source, digest)
+    clean = documents.add(accounts, name, digest)
     ends = [record.facts for _, record, of in made.encoded if of == number]
     read = Amount(**{unit: sum(end["read"][unit] for end in ends) for unit in _COUNTED})
     if read != clean.kept:

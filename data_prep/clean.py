@@ -14,6 +14,7 @@ LONG = "longer than clean.max_megabytes"
 LANGUAGE = "another language"
 
 Step = Callable[[str], "str | Refused"]
+Cleaner = Callable[[Document], Document | Dropped]
 
 
 class Refused(str):
@@ -22,7 +23,7 @@ class Refused(str):
     __slots__ = ()
 
 
-def cleaner(config: Clean | None) -> Callable[[Document], Document | Dropped]:
+def cleaner(config: Clean | None) -> Cleaner:
     """Raises `DataError` if a library or a model that a step needs is not on this machine."""
     if config is None:
         return lambda document: document

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import parts, shares, vocabulary
+from data_prep import parts, report, shares, vocabulary
 from data_prep.documents import Document, Source
 from data_prep.encoder import Encoder
 from data_prep.recipe import BpeTokenizer, ExistingTokenizer, ValidationSplit
@@ -81,6 +81,7 @@ class Encode:
         verdicts_D = self.part.load()
         dtype = token_dtype(encoder.vocabulary.size)
         dropped: dict[str, Counter[str]] = {}
+        examples: dict[str, list[str]] = {}
         documents = size = at = 0
         with ExitStack() as stack:
             writers = {split: SplitWriter(folder, split, dtype, self.shard_tokens) for split in SPLITS}
@@ -93,9 +94,11 @@ class Encode:
                     kept = [text for text, verdict in zip(batch, verdicts_B, strict=True) if not verdict]
                     for text, verdict in zip(batch, verdicts_B, strict=True):
                         if verdict:
-                            dropped.setdefault(REASONS[verdict], Counter()).update(
-                                documents=1, bytes=len(text)
-                            )
+                            count = dropped.setdefault(REASONS[verdict], Counter())
+                            if count["documents"] < report.EXAMPLES:
+                                begins = text[: 4 * report.LETTERS].decode(errors="ignore")[: report.LETTERS]
+                                examples.setdefault(REASONS[verdict], []).append(begins)
+                            count.update(documents=1, bytes=len(text))
                 at += len(batch)
                 documents += len(kept)
                 size += sum(map(len, kept))
@@ -105,6 +108,7 @@ class Encode:
             "read": {"documents": at, "bytes": size + sum(count["bytes"] for count in dropped.values())},
             "kept": {"documents": documents, "bytes": size},
             "dropped": {reason: dict(count) for reason, count in dropped.items()},
+            "examples": examples,
             "splits": {split: facts.model_dump() for split, facts in splits.items() if facts},
         }
 

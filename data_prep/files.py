@@ -82,7 +82,7 @@ def objects(path: Path) -> Iterator[Any]:
 def whole(path: Path) -> str:
     """The text of a file; raises `DataError` if it is not UTF-8."""
     try:
-        return b"".join(_chunks(path)).decode()
+        return b"".join(chunks(path)).decode()
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path}: this is not UTF-8 ({error.reason} at byte {error.start}). Convert it."
@@ -98,9 +98,9 @@ def _source(kind: str, patterns: list[str], read: Any) -> Source:
 
 def _texts(path: Path, separator: str | None) -> Iterator[Document | Dropped]:
     if separator is None:
-        yield from_bytes(b"".join(_chunks(path)))
+        yield from_bytes(b"".join(chunks(path)))
     else:
-        yield from map(from_bytes, _split(_chunks(path), separator.encode()))
+        yield from map(from_bytes, _split(chunks(path), separator.encode()))
 
 
 def _lines(path: Path, text_field: str, tolerant: bool) -> Iterator[Document | Dropped]:
@@ -136,7 +136,7 @@ def _documents_in(path: Path) -> Iterator[tuple[str, Document | Dropped]]:
 
 def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     """The lines that are not blank, and the number of each."""
-    for number, line in enumerate(_split(_chunks(path), b"\n"), start=1):
+    for number, line in enumerate(_split(chunks(path), b"\n"), start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
         if line.strip():
@@ -225,7 +225,7 @@ def _split(chunks: Iterable[bytes], separator: bytes) -> Iterator[bytes]:
         yield rest
 
 
-def _chunks(path: Path) -> Iterator[bytes]:
+def chunks(path: Path) -> Iterator[bytes]:
     """The decompressed bytes of a file; raises `DataError` if it cannot be read to its true end."""
     import zstandard
 

@@ -6,12 +6,18 @@ from typing import Any
 
 import numpy as np
 
+from moe.data.manifest import CHECKSUM_NAME, MANIFEST_NAME, is_as_written
 from moe.data.shards import TOKENIZER_NAME, FileStamp, Index, Manifest, ShardFacts, TokenData
 from moe.errors import DataError
 
 
 def damages(folder: Path) -> Iterator[str]:
     """A sentence for each file that is missing, cut or changed. Raises `DataError` without a manifest."""
+    if (folder / MANIFEST_NAME).exists() and not is_as_written(folder):
+        yield (
+            f"{folder / MANIFEST_NAME}: other bytes than {CHECKSUM_NAME} says, so that what it says of the files below "
+            f"is in doubt too"
+        )
     for path, stamp in _files(folder, Manifest.read(folder)):
         try:
             found = FileStamp.of(path)

@@ -37,6 +37,7 @@ class PartWriter:
     _waiting: int = 0
     _documents: int = 0
     _bytes: int = 0
+    _sink: Any = None
     _file: Any = None
 
     def add(self, text: bytes, row: int) -> None:
@@ -55,13 +56,21 @@ class PartWriter:
         self._finish()
         return self.parts
 
+    def abandon(self) -> None:
+        """Let go of the open file, which holds its room on the disk as long as it is."""
+        if self._file is not None:
+            self._file.is_open = False  # or it would write its end
+            self._sink.close()
+            self._file = None
+
     def _flush(self) -> None:
         if not self._texts:
             return
         if self._file is None:
             path = self.folder / f"{len(self.parts):05d}.parquet"
+            self._sink = pa.OSFile(str(path), "wb")
             self._file = pq.ParquetWriter(
-                path,
+                self._sink,
                 _SCHEMA,
                 compression="lz4",
                 use_dictionary=False,
@@ -83,6 +92,7 @@ class PartWriter:
         if self._file is None:
             return
         self._file.close()
+        self._sink.close()
         self.parts.append(
             PartFacts(name=f"{len(self.parts):05d}.parquet", documents=self._documents, bytes=self._bytes)
         )

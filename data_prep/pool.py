@@ -10,26 +10,63 @@ import multiprocessing
 import os
 import signal
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from data_prep import records
+from data_prep import records, task
 from data_prep.records import Unit
+from data_prep.treatment import LocalExecutor
 from moe import log
-from moe.errors import DataError, TurnoutError
+from moe.errors import DataError
 
-_SECONDS_BETWEEN_SENTENCES = 10.0
 _PR_SET_PDEATHSIG = 1
 
 
+@dataclass(frozen=True)
+class Local:
+    """Processes of this machine; None: this one."""
+
+    pool: ProcessPoolExecutor | None
+    part_minutes: float | None = None
+
+    def do(self, units: Sequence[Unit]) -> Iterator[Unit]:
+        """As `executors.Workers`."""
+        if self.pool is None:
+            for unit in units:
+                task.do(unit)
+                yield unit
+            return
+        try:
+            futures: dict[Future[None], Unit] = {
+                self.pool.submit(task.do, unit, self.part_minutes): unit for unit in units
+            }
+            try:
+                for future in as_completed(futures):
+                    future.result()
+                    yield futures[future]
+            except BaseException:
+                for future in futures:
+                    future.cancel()
+                raise
+        except BrokenProcessPool:
+            # The others are being ended too; what they leave is swept only then.
+            self.pool.shutdown(wait=True, cancel_futures=True)
+            raise _killed(units[0]) from None
+
+    def plan(self, units: Sequence[Unit]) -> str:
+        """As `executors.Workers`."""
+        return ""
+
+
 @contextmanager
-def workers(count: int) -> Iterator[ProcessPoolExecutor | None]:
-    """`count` processes that die with this one; None for a single one, which is this."""
-    if count == 1:
-        yield None
+def workers(config: LocalExecutor) -> Iterator[Local]:
+    """Processes that die with this one; a single one without a limit of time is this."""
+    count = config.workers or os.cpu_count() or 1
+    if count == 1 and config.part_minutes is None:
+        yield Local(None)
         return
     pool = ProcessPoolExecutor(
         count,
@@ -38,67 +75,22 @@ def workers(count: int) -> Iterator[ProcessPoolExecutor | None]:
         initargs=(os.getpid(),),
     )
     try:
-        yield pool
+        yield Local(pool, config.part_minutes)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def run(units: Sequence[Unit], pool: ProcessPoolExecutor | None) -> int:
-    """Do all units that are not finished; the number of those. Raises `DataError` that names the unit that failed."""
-    stage = units[0].stage
-    records.sweep(stage)
-    todo = [unit for unit in units if records.finished(unit) is None]
-    if not todo:
-        return 0
-    spoke = time.monotonic()
-    for number, unit in enumerate(_done(todo, pool), start=1):
-        if time.monotonic() - spoke > _SECONDS_BETWEEN_SENTENCES:
-            spoke = time.monotonic()
-            log.get().info("%s: %d of %d parts done, %s last", stage.name, number, len(todo), unit.name)
-    return len(todo)
-
-
-def _done(units: Sequence[Unit], pool: ProcessPoolExecutor | None) -> Iterator[Unit]:
-    if pool is None:
-        for unit in units:
-            _guarded(unit)
-            yield unit
-        return
-    try:
-        futures: dict[Future[None], Unit] = {pool.submit(_guarded, unit): unit for unit in units}
-        try:
-            for future in as_completed(futures):
-                future.result()
-                yield futures[future]
-        except BaseException:
-            for future in futures:
-                future.cancel()
-            raise
-    except BrokenProcessPool:
-        _wait_for_the_dead(pool)
-        stage = units[0].stage
-        begun = ", ".join(records.sweep(stage)) or "none yet"
-        raise DataError(
-            f"stage {stage.name}: a worker was killed (by the kernel, if memory ran out). Parts at work: {begun}. "
-            f"What is finished stays: run the same command again, with a smaller executor.workers if memory is short."
-        ) from None
-
-
-def _wait_for_the_dead(pool: ProcessPoolExecutor) -> None:
-    """The others are being ended too; what they leave is swept only then."""
-    pool.shutdown(wait=True, cancel_futures=True)
-
-
-def _guarded(unit: Unit) -> None:
-    try:
-        records.do(unit)
-    except TurnoutError as error:
-        raise DataError(f"stage {unit}: {error}") from None
-    except OSError as error:
-        raise DataError(
-            f"stage {unit}: {error.filename or unit.stage}: {error.strerror or error}. Check the disk and its "
-            f"permissions, then run the same command again: what is finished stays."
-        ) from None
+def _killed(unit: Unit) -> DataError:
+    stage = unit.stage
+    if late := task.late(stage):
+        log.get().error("%s", task.stacks(stage))
+        records.sweep(stage)
+        return DataError(task.too_long(stage.name, late))
+    begun = ", ".join(records.sweep(stage)) or "none yet"
+    return DataError(
+        f"stage {stage.name}: a worker was killed (by the kernel, if memory ran out). Parts at work: {begun}. "
+        f"What is finished stays: run the same command again, with a smaller executor.workers if memory is short."
+    )
 
 
 def _begin(parent: int) -> None:

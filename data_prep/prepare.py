@@ -2,10 +2,11 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from data_prep import output, shares, vocabulary
+from data_prep import output, report, shares, vocabulary
 from data_prep.chat import ChatTokenizer
 from data_prep.documents import Account, Document, Dropped, Source, nothing_left
 from data_prep.encoder import Encoder
@@ -16,7 +17,6 @@ from data_prep.texts import open_source
 from data_prep.vocabulary import Vocabulary
 from moe import log
 from moe.data.shards import (
-    MANIFEST_NAME,
     TOKENIZER_NAME,
     FileStamp,
     Manifest,
@@ -56,13 +56,19 @@ def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
     with output.workspace(recipe.folder, replace=overwrite) as folder:
         if isinstance(tokenizer, BpeTokenizer):
             log.get().info("training a tokenizer of %s tokens", f"{tokenizer.vocab_size:,}")
-            ready = vocabulary.train(tokenizer, sources)
+            ready = vocabulary.train(tokenizer, [_told(source) for source in sources])
         assert ready is not None
         log.get().info("encoding into %s", recipe.folder)
         manifest = _write(recipe, sources, digests, ready, folder)
-        (folder / MANIFEST_NAME).write_text(manifest.to_json(), encoding="utf-8")
+        manifest.write(folder)
+        report.write(folder)
     summarise(manifest, recipe.folder)
     return TokenData.open(recipe.folder, verify=False)
+
+
+def _told(source: Source) -> Source:
+    """The same, with a count of what is read for the tokenizer."""
+    return replace(source, items=lambda: watched(source.items(), f"reading {source.name} for the tokenizer"))
 
 
 def up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabulary | None) -> bool:
@@ -221,4 +227,9 @@ def summarise(manifest: Manifest, folder: Path) -> None:
             len(facts.shards),
             facts.bytes / facts.tokens,
         )
-    say("%s is ready: vocabulary of %s tokens", folder, f"{manifest.tokenizer.vocab_size:,}")
+    say(
+        "%s is ready: vocabulary of %s tokens; %s tells more",
+        folder,
+        f"{manifest.tokenizer.vocab_size:,}",
+        report.HTML_NAME,
+    )

@@ -6,9 +6,17 @@ from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    SpinnerColumn,
+    TextColumn,
+    TimeElapsedColumn,
+)
 
 from data_prep.documents import Document, Dropped
+from data_prep.records import Unit
 from moe import log
 
 _SECONDS_BETWEEN_SENTENCES = 10.0
@@ -19,6 +27,24 @@ ItemT = TypeVar("ItemT", bound=Document | Dropped)
 def watched(items: Iterable[ItemT], what: str) -> Iterator[ItemT]:
     """The same items; `what` begins the sentence, such as "encoding stdlib"."""
     return _live(items, what) if sys.stderr.isatty() else _told(items, what)
+
+
+def parts(units: Iterable[Unit], total: int, stage: str) -> Iterator[Unit]:
+    """The same units of a stage as they end: a bar on a terminal, sentences elsewhere."""
+    if sys.stderr.isatty():
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn()
+        with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task(stage, total=total)
+            for unit in units:
+                bar.advance(task)
+                yield unit
+        return
+    spoke = time.monotonic()
+    for number, unit in enumerate(units, start=1):
+        if number == total or time.monotonic() - spoke > _SECONDS_BETWEEN_SENTENCES:
+            spoke = time.monotonic()
+            log.get().info("%s: %d of %d parts done", stage, number, total)
+        yield unit
 
 
 def _live(items: Iterable[ItemT], what: str) -> Iterator[ItemT]:

@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from data_prep.treatment import Clean, Decontaminate, Duplicates, LocalExecutor, NonEmpty, Patterns
+from data_prep.treatment import Clean, Decontaminate, Duplicates, Executor, NonEmpty, Patterns
 from moe.recipe import PathText, Section
 
 
@@ -45,6 +45,14 @@ class ParquetSource(Section):
     """Column of the text."""
 
 
+class WarcSource(Section):
+    """Records of plain text in WARC files, such as Common Crawl's WET files, also .gz and .zst."""
+
+    type: Literal["warc"]
+    paths: Patterns
+    """Files or glob patterns, from the working folder; ** matches folders within folders."""
+
+
 class HubSource(Section):
     """A dataset of the Hugging Face Hub, or a folder that `datasets` can load, read as a stream."""
 
@@ -79,7 +87,7 @@ class ChatSource(Section):
 
 
 Source = Annotated[
-    StdlibSource | TextSource | JsonlSource | ParquetSource | HubSource | ChatSource,
+    StdlibSource | TextSource | JsonlSource | ParquetSource | WarcSource | HubSource | ChatSource,
     Field(discriminator="type"),
 ]
 
@@ -151,8 +159,13 @@ class DataRecipe(Section):
     """What a row that is no JSON or has no text does: end the work, or go into quarantine.jsonl and be counted."""
     part_megabytes: PositiveInt = 64
     """Text of a part, in 10^6 bytes: parts are made side by side, each with its shards, when work is in stages."""
-    executor: LocalExecutor | None = None
+    executor: Executor | None = None
     """Who works on the parts; null: this process alone, or all cores where a setting above needs stages."""
+
+    @field_validator("executor", mode="before")
+    @classmethod
+    def _local_unless_said(cls, block: Any) -> Any:
+        return {"type": "local", **block} if isinstance(block, dict) else block
 
     @property
     def is_staged(self) -> bool:

@@ -7,6 +7,7 @@ STAGE/UNIT.json    `Record`: what they were made from, their hashes, what the un
 import json
 import os
 import shutil
+import socket
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,13 +54,19 @@ def key(*parts: Any) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(parts, sort_keys=True, ensure_ascii=True).encode())
 
 
-def finished(unit: Unit) -> Record | None:
-    """The unit's record if it is of this key and every byte of the files is as it says; None if it must be done."""
+def recorded(unit: Unit) -> Record | None:
+    """The unit's record if it is of this key, without a look at the files."""
     try:
         record = Record.model_validate_json(_page(unit).read_bytes())
     except (OSError, ValidationError):
         return None
-    if record.key != unit.key:
+    return record if record.key == unit.key else None
+
+
+def finished(unit: Unit) -> Record | None:
+    """The unit's record if it is of this key and every byte of the files is as it says; None if it must be done."""
+    record = recorded(unit)
+    if record is None:
         return None
     for name, stamp in record.files.items():
         try:
@@ -89,7 +96,7 @@ def do(unit: Unit) -> None:
     """
     unit.stage.mkdir(parents=True, exist_ok=True)
     _page(unit).unlink(missing_ok=True)
-    workplace = unit.stage / f".{unit.name}.{os.getpid()}.unfinished"
+    workplace = scratch(unit, "files")
     shutil.rmtree(workplace, ignore_errors=True)
     workplace.mkdir()
     try:
@@ -97,11 +104,16 @@ def do(unit: Unit) -> None:
         files = {path.name: FileStamp.of(path) for path in sorted(workplace.iterdir())}
         shutil.rmtree(unit.folder, ignore_errors=True)
         workplace.rename(unit.folder)
-        page = unit.stage / f".{unit.name}.{os.getpid()}.json.unfinished"
+        page = scratch(unit, "json")
         page.write_text(Record(key=unit.key, files=files, facts=facts).model_dump_json(), encoding="utf-8")
         page.rename(_page(unit))
     finally:
         shutil.rmtree(workplace, ignore_errors=True)
+
+
+def scratch(unit: Unit, kind: str) -> Path:
+    """A name in the unit's stage of this process, on whatever machine, that `sweep` removes."""
+    return unit.stage / f".{unit.name}.{socket.gethostname()}.{os.getpid()}.{kind}.unfinished"
 
 
 def sweep(stage: Path) -> list[str]:

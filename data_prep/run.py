@@ -8,7 +8,7 @@ from data_prep import staged
 from data_prep.prepare import prepare
 from data_prep.recipe import DataRecipe
 from moe import log
-from moe.errors import clean_exit
+from moe.errors import ConfigError, clean_exit
 from moe.recipe import load
 
 
@@ -20,7 +20,9 @@ from moe.recipe import load
     "--stage", type=click.Choice(staged.STAGES), help="Do this stage alone, on a complete one before it."
 )
 @click.option(
-    "--executor", type=click.Choice(["local"]), help="Work in stages, in processes of this machine."
+    "--executor",
+    type=click.Choice(["local", "slurm", "ray"]),
+    help="Work in stages: in processes of this machine, an array job of Slurm each, or tasks of Ray.",
 )
 @click.option("--dry-run", is_flag=True, help="Tell what would be done, part by part, and do nothing.")
 def command(
@@ -34,9 +36,7 @@ def command(
     """Turn text into token shards as RECIPE says; KEY=VALUE changes a setting of it."""
     log.setup()
     with clean_exit():
-        page = load(DataRecipe, recipe, overrides)
-        if executor and not page.is_staged:
-            page = load(DataRecipe, recipe, (*overrides, f"executor.type={executor}"))
+        page = _load(recipe, overrides, executor)
         if page.is_staged:
             staged.prepare(page, staged.Asked(overwrite, stage, dry_run, click.echo))
         elif stage or dry_run:
@@ -45,6 +45,15 @@ def command(
             )
         else:
             prepare(page, overwrite=overwrite)
+
+
+def _load(recipe: Path, overrides: tuple[str, ...], executor: str | None) -> DataRecipe:
+    if executor is None:
+        return load(DataRecipe, recipe, overrides)
+    try:
+        return load(DataRecipe, recipe, (f"executor.type={executor}", *overrides))
+    except ConfigError:  # perhaps of settings in the recipe that are another executor's
+        return load(DataRecipe, recipe, (f"executor={{type: {executor}}}", *overrides))
 
 
 if __name__ == "__main__":

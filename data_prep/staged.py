@@ -4,17 +4,15 @@ The folder NAME.stages beside the output holds what the stages made, so that a r
 """
 
 import json
-import os
 import shutil
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data_prep import assemble, output, pool, records, vocabulary
+from data_prep import assemble, executors, output, records, vocabulary
 from data_prep.documents import Source, nothing_left
 from data_prep.encode import Encode, MakeTokenizer, Part
 from data_prep.files import matches
@@ -72,15 +70,15 @@ def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
             "versions": {name: _version(name) for name in _DECIDING},
         }
         _claim(work, page, asked)
-        workers = (recipe.executor.workers if recipe.executor else None) or os.cpu_count() or 1
-        at_work = None if asked.dry_run else stack.enter_context(pool.workers(workers))
+        at_work = stack.enter_context(executors.workers(recipe.executor))
         run = _Run(recipe, work, records.key(_FORMAT, page["versions"]), asked, at_work)
         try:
             made = run.all(sources, stamps)
         except _Enough:
             return None
         with output.workspace(recipe.folder, replace=asked.overwrite) as folder:
-            manifest = assemble.assemble(recipe, digests, made, folder)
+            names = [source.name for source in sources]
+            manifest = assemble.assemble(recipe, list(zip(names, digests, strict=True)), made, folder)
     summarise(manifest, recipe.folder)
     return TokenData.open(recipe.folder, verify=False)
 
@@ -93,7 +91,7 @@ class _Run:
     work: Path
     key: str
     asked: Asked
-    pool: ProcessPoolExecutor | None
+    workers: executors.Workers
     names: dict[str, int] = field(default_factory=dict)
 
     def all(self, sources: Sequence[Source], stamps: Sequence[dict[str, FileStamp]]) -> assemble.Made:
@@ -126,13 +124,15 @@ class _Run:
             for number, (do, reads) in enumerate(work)
         ]
         if self.asked.dry_run:
-            done = sum(records.finished(unit) is not None for unit in units)
-            self.asked.say(f"{stage}: {len(units)} parts, {done} of them done")
-            if done < len(units):
+            todo = [unit for unit in units if records.finished(unit) is None]
+            self.asked.say(f"{stage}: {len(units)} parts, {len(units) - len(todo)} of them done")
+            if todo:
+                if plan := self.workers.plan(todo):
+                    self.asked.say(plan)
                 raise _Enough
         elif self.asked.stage in (None, stage):
             log.get().info("%s: %d parts", stage, len(units))
-            again = pool.run(units, self.pool)
+            again = executors.run(units, self.workers)
             if again < len(units):
                 log.get().info("%s: %d parts were there already", stage, len(units) - again)
         found = records.gate(units)

@@ -8,15 +8,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep import files
-from data_prep.clean import cleaner
+from data_prep.clean import Cleaner, cleaner
 from data_prep.documents import Account, Document, Dropped, Source
 from data_prep.hub import hub
 from data_prep.parts import PartWriter
-from data_prep.recipe import ChatSource, HubSource, JsonlSource, ParquetSource, StdlibSource, TextSource
+from data_prep.recipe import (
+    ChatSource,
+    HubSource,
+    JsonlSource,
+    ParquetSource,
+    StdlibSource,
+    TextSource,
+    WarcSource,
+)
 from data_prep.recipe import Source as SourceConfig
 from data_prep.records import Facts
 from data_prep.stdlib import stdlib
 from data_prep.treatment import Clean
+from data_prep.warc import warc
 
 QUARANTINE = "quarantine.jsonl"
 _EXAMPLES = 5
@@ -34,6 +43,8 @@ def open_source(config: SourceConfig, *, tolerant: bool = False) -> Source:
             return files.jsonl(config, tolerant=tolerant)
         case ParquetSource():
             return files.parquet(config)
+        case WarcSource():
+            return warc(config)
         case HubSource():
             return hub(config)
         case ChatSource():
@@ -44,7 +55,7 @@ def portions(
     config: SourceConfig, source: Source, num_bytes: int
 ) -> Iterator[tuple[SourceConfig, tuple[Path, ...]]]:
     """The source as sources of consecutive files, each of about `num_bytes` on disk; whole, if it is not of files."""
-    if not isinstance(config, TextSource | JsonlSource | ParquetSource):
+    if not isinstance(config, TextSource | JsonlSource | ParquetSource | WarcSource):
         yield config, source.files
         return
     group: list[Path] = []
@@ -59,7 +70,7 @@ def portions(
         yield _of(config, group), tuple(group)
 
 
-def _of(config: TextSource | JsonlSource | ParquetSource, group: Sequence[Path]) -> SourceConfig:
+def _of(config: TextSource | JsonlSource | ParquetSource | WarcSource, group: Sequence[Path]) -> SourceConfig:
     return config.model_copy(update={"paths": [glob.escape(str(path)) for path in group]})
 
 
@@ -75,7 +86,14 @@ class ReadAndClean:
     def __call__(self, folder: Path) -> Facts:
         source = open_source(self.source, tolerant=self.tolerant)
         clean = cleaner(self.clean)
-        account, writer, drops = Account(), PartWriter(folder, self.part_bytes), _Drops()
+        writer = PartWriter(folder, self.part_bytes)
+        try:
+            return self._write(folder, source, clean, writer)
+        finally:
+            writer.abandon()
+
+    def _write(self, folder: Path, source: Source, clean: Cleaner, writer: PartWriter) -> Facts:
+        account, drops = Account(), _Drops()
         for row, item in enumerate(source.items()):
             account.reads(item)
             if isinstance(item, Dropped):

@@ -8,6 +8,7 @@ from moe.recipe import PathText, Section
 
 Patterns = Annotated[list[PathText], Field(min_length=1)]
 NonEmpty = Annotated[str, Field(min_length=1)]
+Word = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.,@+-]*$")]
 Rules = Literal["gopher_quality", "gopher_repetition", "c4_quality", "fineweb_quality"]
 
 
@@ -74,9 +75,59 @@ class Decontaminate(Section):
     """Length of the run."""
 
 
-class LocalExecutor(Section):
+class _Executor(Section):
+    """What all executors know."""
+
+    part_minutes: Annotated[float, Field(gt=0.0, le=525_600.0)] | None = None
+    """A part of a stage that takes longer is ended, with the stack of what it did, and the work with it; null: none."""
+
+
+class LocalExecutor(_Executor):
     """Processes of this machine."""
 
-    type: Literal["local"] = "local"
+    type: Literal["local"]
     workers: PositiveInt | None = None
     """Processes at work; null: one a core. The result is the same for any number."""
+
+
+class SlurmExecutor(_Executor):
+    """An array job of Slurm for each stage, from a folder that all nodes see."""
+
+    type: Literal["slurm"]
+    workers: PositiveInt | None = None
+    """Tasks of the array at most, each with its share of the parts; null: a part each, as far as the cluster allows."""
+    partition: Word | None = None
+    """Where the tasks go; null: the cluster's default."""
+    account: Word | None = None
+    """Who pays; null: the user's default."""
+    qos: Word | None = None
+    """Quality of service; null: the cluster's default."""
+    task_minutes: PositiveInt | None = None
+    """Slurm's limit of time for a task; null: the partition's."""
+    cpus: PositiveInt = 1
+    """Cores of a task; a part is worked on by one."""
+    memory_gigabytes: PositiveInt | None = None
+    """Memory of a task, in 2^30 bytes; null: the cluster's default."""
+
+
+class RayExecutor(_Executor):
+    """Tasks of Ray, here or on its cluster, from a folder that all nodes see."""
+
+    type: Literal["ray"]
+    address: NonEmpty | None = None
+    """A running cluster such as auto or host:port; null: start one of this machine alone, and end it."""
+    workers: PositiveInt | None = None
+    """Processes at work on this machine; null: one a core. On a running cluster its cores decide."""
+    cpus: PositiveInt = 1
+    """Cores of a task."""
+
+    @model_validator(mode="after")
+    def _a_running_cluster_has_its_workers(self) -> "RayExecutor":
+        if self.address is not None and self.workers is not None:
+            raise ValueError(
+                f"workers {self.workers} has no effect on a running cluster ({self.address}); remove it"
+            )
+        return self
+
+
+Executor = Annotated[LocalExecutor | SlurmExecutor | RayExecutor, Field(discriminator="type")]

@@ -12,6 +12,8 @@ from moe.errors import DataError
 from moe.recipe import Section
 
 MANIFEST_NAME = "manifest.json"
+CHECKSUM_NAME = "manifest.json.xxh3"
+"""The manifest's own hash, as `xxh128sum` writes it and `xxh128sum --check` reads it."""
 FORMAT: Final = "turnout-tokens"
 FORMAT_VERSION: Final = 1
 
@@ -239,6 +241,21 @@ class Manifest(Section):
                 f"run `turnout prepare` again, or copy the folder again."
             ) from None
 
+    def write(self, folder: Path) -> None:
+        """Into `folder`, with its checksum beside it."""
+        page = self.to_json().encode()
+        (folder / CHECKSUM_NAME).write_text(f"{xxhash.xxh3_128_hexdigest(page)}  {MANIFEST_NAME}\n")
+        (folder / MANIFEST_NAME).write_bytes(page)
+
     def to_json(self) -> str:
         """As `read` takes it."""
         return json.dumps(self.model_dump(mode="json"), indent=2, ensure_ascii=False) + "\n"
+
+
+def is_as_written(folder: Path) -> bool:
+    """Whether the manifest has its checksum; also where there is none, as in folders made before there were any."""
+    checksum = folder / CHECKSUM_NAME
+    if not checksum.exists():
+        return True
+    found = xxhash.xxh3_128_hexdigest((folder / MANIFEST_NAME).read_bytes())
+    return checksum.read_bytes() == f"{found}  {MANIFEST_NAME}\n".encode()

@@ -16,10 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
-from data_prep import pool, records
-from data_prep.records import Facts, Unit
 from moe.data.shards import MANIFEST_NAME, TokenData
-from moe.errors import DataError
 from tests.unit.corpus import (
     PREPARED,
     TEXTS,
@@ -83,6 +80,7 @@ def test_copies_go_and_every_document_is_accounted_for(tmp_path: Path) -> None:
     _sums(data)
     assert all_texts(data) == sorted([*TEXTS, *CJK, *LONG, "hi", "e-mail me: email@example.com"])
     jsonl, parquet, text = data.manifest.sources
+    assert jsonl.source == f"jsonl {tmp_path}/in/*.jsonl"
     assert {why: amount.documents for why, amount in jsonl.dropped.items()} == {"exact duplicate": 9}
     assert {why: amount.documents for why, amount in parquet.dropped.items()} == {
         "exact duplicate": 9,
@@ -263,35 +261,6 @@ def test_a_dry_run_tells_and_does_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / f"{PREPARED}.stages").exists()
     assert run(tmp_path, recipe).exit_code == 0
     assert "encode: 3 parts, 3 of them done" in run(tmp_path, recipe, "--dry-run").stdout
-
-
-class _Fails:
-    """Work that ends badly in one unit."""
-
-    def __init__(self, how: str) -> None:
-        self.how = how
-
-    def __call__(self, folder: Path) -> Facts:
-        (folder / "half").write_text("half")
-        if self.how == "killed":
-            time.sleep(0.5)
-            os.kill(os.getpid(), signal.SIGKILL)
-        if self.how == "refused":
-            raise DataError("this text cannot be read.")
-        if self.how == "disk full":
-            raise OSError(28, "No space left on device", "somewhere")
-        return {}
-
-
-@pytest.mark.parametrize("how", ["killed", "refused", "disk full"])
-def test_a_worker_that_ends_badly_ends_the_stage_and_is_named(tmp_path: Path, how: str) -> None:
-    units = [Unit(tmp_path / "stage", f"{n:05d}", "key", _Fails(how if n == 3 else "well")) for n in range(5)]
-    began = time.monotonic()
-    with pool.workers(2 if how == "killed" else 1) as processes, pytest.raises(DataError, match="00003"):
-        pool.run(units, processes)
-    assert time.monotonic() - began < 30
-    assert records.finished(units[3]) is None
-    assert not list((tmp_path / "stage").glob("*00003*"))
 
 
 def _turnout(folder: Path, recipe: Mapping[str, Any]) -> subprocess.Popen[bytes]:
