@@ -3,6 +3,7 @@
 import os
 import shlex
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -11,17 +12,29 @@ from moe.errors import LaunchError
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in a cluster; None: Slurm's default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+
+    @property
+    def options(self) -> dict[str, str | None]:
+        """By the names that Slurm's commands have for them."""
+        return vars(self)
+
+
+@dataclass(frozen=True)
 class Request:
     """What Slurm is asked for beside nodes; None: its default."""
 
     name: str
     gpus_per_node: int = 0
-    partition: str | None = None
     time: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
+    place: Place = Place()
     spares: int = 0
     """Nodes beyond those that train, for one that dies."""
     signal_seconds: int = 300
@@ -79,12 +92,8 @@ def script(folder: LaunchFolder, plan: Plan, request: Request, environment: Mapp
         "ntasks-per-node": 1,
         "cpus-per-task": None if plan.cpus_per_rank is None else plan.cpus_per_rank * plan.ranks_per_node,
         "gpus-per-node": request.gpus_per_node or None,
-        "partition": request.partition,
         "time": request.time,
-        "account": request.account,
-        "qos": request.qos,
-        "constraint": request.constraint,
-        "exclude": request.exclude,
+        **request.place.options,
         "signal": f"B:USR1@{request.signal_seconds}",
         "open-mode": "append",
         "output": folder.run / "logs" / "slurm-%j.log",
@@ -131,6 +140,85 @@ def submit(path: str) -> str:
 def cancel(job: str) -> None:
     """Raises `LaunchError`."""
     _ask("scancel", job)
+
+
+@dataclass(frozen=True)
+class Node:
+    """What Slurm says of a node."""
+
+    state: str
+    """idle, mixed, allocated, down, drained, ...; with a `*` if it does not answer."""
+    reason: str
+
+    @property
+    def _state(self) -> str:
+        """Without the marks of power saving and maintenance, which don't make it unfit."""
+        return self.state.rstrip("$#~+@%!^-")
+
+    @property
+    def is_out(self) -> bool:
+        return self._state not in ("idle", "mixed", "allocated", "completing")
+
+    @property
+    def is_free(self) -> bool:
+        return self._state in ("idle", "mixed")
+
+
+def nodes(place: Place) -> dict[str, Node]:
+    """Of a partition, or all, by name; what is excluded is left out. Raises `LaunchError`."""
+    asked = [] if place.partition is None else [f"--partition={place.partition}"]
+    said = _ask("sinfo", "--noheader", "--Node", "--format=%N|%T|%E", *asked)
+    excluded = set(_ask("scontrol", "show", "hostnames", place.exclude).split()) if place.exclude else set()
+    rows = (line.split("|", 2) for line in said.splitlines())
+    return {name: Node(state, reason) for name, state, reason in rows if name not in excluded}
+
+
+def hold(names: Sequence[str], place: Place, gpus_per_node: int, seconds: float) -> str:
+    """A job that does nothing on these nodes, so that steps can be run there; its number, once it runs.
+
+    Raises `LaunchError` if it does not run in that time.
+    """
+    options = {
+        "job-name": "turnout-doctor",
+        "nodes": len(names),
+        "nodelist": ",".join(names),
+        "ntasks-per-node": 1,
+        "gpus-per-node": gpus_per_node or None,
+        "time": 10,
+        "output": "/dev/null",
+        "wrap": "sleep 600",
+        **(place.options | {"exclude": None}),
+    }
+    job = _ask(
+        "sbatch",
+        "--parsable",
+        "--no-requeue",
+        *(f"--{name}={value}" for name, value in options.items() if value is not None),
+    )
+    job = job.strip().partition(";")[0]
+    end = time.monotonic() + seconds
+    while (now := state(job)) != "RUNNING":
+        if time.monotonic() > end or now in ("CANCELLED", "FAILED", "COMPLETED"):
+            cancel(job)
+            raise LaunchError(
+                f"Slurm did not start a job on {','.join(names)} within {seconds:.0f} s (it is {now}). Name fewer "
+                f"nodes by --hosts, another --partition, or look at them from inside of a job of yours."
+            )
+        time.sleep(0.1)
+    return job
+
+
+def step(job: str, node: str) -> list[str]:
+    """What comes before a command that shall run on one node of a job, beside all that runs there."""
+    return [
+        "srun",
+        f"--jobid={job}",
+        "--nodes=1",
+        "--ntasks=1",
+        f"--nodelist={node}",
+        "--overlap",
+        "--cpu-bind=none",
+    ]
 
 
 def _ask(*command: str) -> str:
