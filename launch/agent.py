@@ -7,7 +7,6 @@ what it started by pid and process group, and so never touches another job.
 """
 
 import argparse
-import ctypes
 import os
 import shutil
 import signal
@@ -21,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
+from launch import kernel, surroundings
 from launch.folder import LaunchFolder, NodeReport, Plan, RankReport, read, write
 from moe.attempt import BEAT, OWNER, STACKS
 from moe.errors import EXIT_STOPPED, LaunchError, clean_exit
@@ -68,7 +68,7 @@ class _Rank:
             still_seconds=round(now - self.last_beat, 1),
             code=self.process.returncode,
             seconds_dead=0.0 if self.died is None else round(now - self.died, 2),
-            stopped=self.died is None and _status(self.process.pid, "State:").startswith(("T", "t")),
+            stopped=self.died is None and kernel.status(self.process.pid, "State:").startswith(("T", "t")),
             stack=stack,
         )
 
@@ -138,6 +138,8 @@ class Agent:
                     preexec_fn=_die_with_parent,
                 )
             self.ranks.append(_Rank(rank, process, beat, stacks, time.monotonic()))
+        if self.node == 0:
+            surroundings.record_beside(self.folder, self.plan, attempt, environment(self.plan))
 
     def _meeting(self) -> tuple[str, int]:
         """Where the ranks meet. The first node's agent finds a free port there; the others wait for its word."""
@@ -210,14 +212,14 @@ def environment(plan: Plan) -> dict[str, str]:
 
 def _ask_to_stop(rank: _Rank) -> None:
     """Once it can hear it: before its handler is there, SIGTERM would end it unsaved, and its peers with it."""
-    if not rank.told and rank.died is None and _catches(rank.process.pid, signal.SIGTERM):
+    if not rank.told and rank.died is None and kernel.catches(rank.process.pid, signal.SIGTERM):
         with suppress(ProcessLookupError):
             rank.process.send_signal(signal.SIGTERM)
         rank.told = True
 
 
 def _ask_for_stack(rank: _Rank) -> None:
-    if not rank.asked_for_stack and rank.died is None and _catches(rank.process.pid, signal.SIGUSR2):
+    if not rank.asked_for_stack and rank.died is None and kernel.catches(rank.process.pid, signal.SIGUSR2):
         with suppress(ProcessLookupError):
             rank.process.send_signal(signal.SIGUSR2)
         rank.asked_for_stack = True
@@ -231,19 +233,6 @@ def _end(rank: _Rank) -> None:
     rank.look()
 
 
-def _catches(pid: int, number: signal.Signals) -> bool:
-    caught = _status(pid, "SigCgt:") or "0"
-    return bool(int(caught, 16) >> (number - 1) & 1)
-
-
-def _status(pid: int, field_name: str) -> str:
-    with suppress(OSError):
-        for line in Path(f"/proc/{pid}/status").read_text(errors="replace").splitlines():
-            if line.startswith(field_name):
-                return line.split(maxsplit=1)[1]
-    return ""
-
-
 def _text(path: Path) -> str | None:
     with suppress(OSError):
         return path.read_text(encoding="utf-8").strip() or None
@@ -251,8 +240,7 @@ def _text(path: Path) -> str | None:
 
 
 def _die_with_parent() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    kernel.end_with_parent(signal.SIGKILL)
 
 
 def _place(plan: Plan, given: int | None) -> tuple[int, str]:

@@ -8,6 +8,7 @@ attempt_N/
   attempt.json        who, where, and how it ended
   lease               a number that the supervisor counts up; agents that see it stand still end their ranks
   order               what the supervisor wants of the agents: stop, stacks or end
+  environment.json    what it ran in: packages, commit, modules, variables, GPUs
   meeting.json        where the ranks meet, found free by the agent of the first node
   node_I.json         what the agent of node I last saw of its ranks
 """

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from launch import slurm
+from launch import slurm, surroundings
 from launch.folder import Attempt, LaunchFolder, read, write_text
 from moe.errors import LaunchError
 
@@ -132,8 +132,9 @@ def story(folder: LaunchFolder) -> Iterator[str]:
     attempts = folder.attempts()
     if not attempts:
         yield "no attempt yet"
-    for attempt in attempts:
+    for before, attempt in zip([None, *attempts], attempts, strict=False):
         yield _sentence(attempt)
+        yield from _changes(folder, before, attempt)
         if attempt.outcome in ("failed", "hung", "refused") and attempt.rank is not None:
             yield from _last_words(folder.log(attempt.number, attempt.rank))
     done = read(folder.done)
@@ -155,6 +156,16 @@ def _sentence(attempt: Attempt) -> str:
     if attempt.outcome not in ("done", "saved"):
         lost = f"; {max(0, (attempt.last_step or 0) - (attempt.to_step or 0))} steps lost"
     return f"{begin}: {attempt.outcome} {took}{who}{cause}{lost}; {attempt.then or 'no more is known'}"
+
+
+def _changes(folder: LaunchFolder, before: Attempt | None, attempt: Attempt) -> Iterator[str]:
+    """What it ran in and the one before did not."""
+    was = None if before is None else surroundings.of(folder, before.number)
+    now = surroundings.of(folder, attempt.number)
+    if before is not None and was is not None and now is not None:
+        changes = list(surroundings.differences(was, now))
+        if changes:
+            yield f"    since attempt {before.number}: {'; '.join(changes)}"
 
 
 def _last_words(path: Path) -> Iterator[str]:
