@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from launch import kernel, surroundings
+from launch import procfs, surroundings
 from launch.folder import LaunchFolder, NodeReport, Plan, RankReport, read, write
 from moe.attempt import BEAT, OWNER, STACKS
 from moe.errors import EXIT_STOPPED, LaunchError, clean_exit
@@ -41,6 +41,8 @@ class _Rank:
     last_beat: float
     step: int | None = None
     beats: int = 0
+    works: float = 0.0
+    waits: float = 0.0
     died: float | None = None
     told: bool = False
     asked_for_stack: bool = False
@@ -48,7 +50,9 @@ class _Rank:
     def look(self) -> None:
         now = time.monotonic()
         with suppress(OSError, ValueError):
-            step, beats = (int(number) for number in self.beat.read_text().split())
+            numbers = self.beat.read_text().split()
+            step, beats = (int(number) for number in numbers[:2])
+            self.works, self.waits = (float(number) for number in numbers[2:])
             if beats != self.beats:
                 self.step, self.beats, self.last_beat = step, beats, now
         if self.died is None and self.process.poll() is not None:
@@ -65,10 +69,12 @@ class _Rank:
             pid=self.process.pid,
             step=self.step,
             beats=self.beats,
+            works=self.works,
+            waits=self.waits,
             still_seconds=round(now - self.last_beat, 1),
             code=self.process.returncode,
             seconds_dead=0.0 if self.died is None else round(now - self.died, 2),
-            stopped=self.died is None and kernel.status(self.process.pid, "State:").startswith(("T", "t")),
+            stopped=self.died is None and procfs.status(self.process.pid, "State:").startswith(("T", "t")),
             stack=stack,
         )
 
@@ -135,7 +141,7 @@ class Agent:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=_die_with_parent,
+                    preexec_fn=procfs.die_with_parent,
                 )
             self.ranks.append(_Rank(rank, process, beat, stacks, time.monotonic()))
         if self.node == 0:
@@ -212,14 +218,14 @@ def environment(plan: Plan) -> dict[str, str]:
 
 def _ask_to_stop(rank: _Rank) -> None:
     """Once it can hear it: before its handler is there, SIGTERM would end it unsaved, and its peers with it."""
-    if not rank.told and rank.died is None and kernel.catches(rank.process.pid, signal.SIGTERM):
+    if not rank.told and rank.died is None and procfs.catches(rank.process.pid, signal.SIGTERM):
         with suppress(ProcessLookupError):
             rank.process.send_signal(signal.SIGTERM)
         rank.told = True
 
 
 def _ask_for_stack(rank: _Rank) -> None:
-    if not rank.asked_for_stack and rank.died is None and kernel.catches(rank.process.pid, signal.SIGUSR2):
+    if not rank.asked_for_stack and rank.died is None and procfs.catches(rank.process.pid, signal.SIGUSR2):
         with suppress(ProcessLookupError):
             rank.process.send_signal(signal.SIGUSR2)
         rank.asked_for_stack = True
@@ -237,10 +243,6 @@ def _text(path: Path) -> str | None:
     with suppress(OSError):
         return path.read_text(encoding="utf-8").strip() or None
     return None
-
-
-def _die_with_parent() -> None:
-    kernel.end_with_parent(signal.SIGKILL)
 
 
 def _place(plan: Plan, given: int | None) -> tuple[int, str]:

@@ -108,6 +108,10 @@ class RankReport:
     step: int | None = None
     """The last step that it took, or began with; None: it has not begun."""
     beats: int = 0
+    works: float = 0.0
+    """Of late, seconds of a step in which it does something itself; 0 if nothing is known."""
+    waits: float = 0.0
+    """The other seconds of a step: it waits for its peers."""
     still_seconds: float = 0.0
     """Since its last beat, or its start."""
     code: int | None = None

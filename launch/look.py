@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from launch import slurm, surroundings
+from launch import slurm, stragglers, surroundings
 from launch.folder import Attempt, LaunchFolder, read, write_text
 from moe.errors import LaunchError
 
@@ -68,6 +68,8 @@ def status(run: Path) -> None:
                 click.echo(
                     f"  rank {rank.rank} on {report.host}: step {rank.step or 0}, {state}, pid {rank.pid}"
                 )
+        for line in stragglers.sentences(folder.reports(attempt.number)):
+            click.echo(line)
     sys.exit(0 if living or done else 1)
 
 
@@ -135,6 +137,7 @@ def story(folder: LaunchFolder) -> Iterator[str]:
     for before, attempt in zip([None, *attempts], attempts, strict=False):
         yield _sentence(attempt)
         yield from _changes(folder, before, attempt)
+        yield from (f"    {line}" for line in stragglers.sentences(folder.reports(attempt.number)))
         if attempt.outcome in ("failed", "hung", "refused") and attempt.rank is not None:
             yield from _last_words(folder.log(attempt.number, attempt.rank))
     done = read(folder.done)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import psutil
 
-from launch import kernel
+from launch import procfs
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0
@@ -62,8 +62,8 @@ def run(
 
 
 def _end_with_parent() -> None:
-    """Ask the kernel to send SIGTERM when we are killed ourselves: the launcher then ends its ranks, which save."""
-    kernel.end_with_parent(signal.SIGTERM)
+    """Ask the procfs to send SIGTERM when we are killed ourselves: the launcher then ends its ranks, which save."""
+    procfs.die_with_parent(signal.SIGTERM)
 
 
 @contextmanager
@@ -105,7 +105,7 @@ def _ranks(launcher: int, is_rank: Callable[[Sequence[str]], bool]) -> set[int]:
 
 def _catches_sigterm(pid: int) -> bool:
     """Whether the process has a handler by now; elsewhere than on Linux we cannot know."""
-    return not Path("/proc/self/status").exists() or kernel.catches(pid, signal.SIGTERM)
+    return not Path("/proc/self/status").exists() or procfs.catches(pid, signal.SIGTERM)
 
 
 def _end(session: int, grace: float) -> None:

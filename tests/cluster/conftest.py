@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -215,6 +216,7 @@ def home() -> Iterator[Path]:
         testbed.check(slurm=True)
     except LaunchError as error:
         pytest.skip(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended by SIGTERM"))  # so that all is cleaned up
     home = Path(tempfile.mkdtemp(prefix="turnout-"))
     small = home / "small"
     small.mkdir()

@@ -1,8 +1,11 @@
 """Launched through Slurm, pdsh or ssh on several machines, a run equals the local one, and outlives what fails."""
 
+import os
+import signal
 import subprocess
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -106,6 +109,33 @@ def test_stop_saves_and_ends_one_run_and_leaves_another_on_the_same_hosts(
     assert attempt.last_step == attempt.to_step
     assert place.losses("runs/other") == expected
     assert [attempt.outcome for attempt in place.attempts("runs/other")] == ["done"]
+
+
+@contextmanager
+def _slowed(place: Place, run: str, rank: int) -> Iterator[str]:
+    """A rank that the machine lets run for a third of the time alone; its host."""
+    host, pid = place.pid(run, rank)
+    program = "while kill -STOP $0; do sleep 0.2; kill -CONT $0; sleep 0.1; done"
+    brake = subprocess.Popen(
+        place.cluster.machines.on(host, ["bash", "-c", program, str(pid)]), start_new_session=True
+    )
+    try:
+        yield host
+    finally:
+        os.killpg(brake.pid, signal.SIGKILL)
+        brake.wait()
+        place.cluster.machines.run(host, ["kill", "-CONT", str(pid)])
+
+
+@pytest.mark.cluster
+def test_a_slow_rank_is_named_with_its_host_while_the_run_goes_on(place: Place) -> None:
+    process = place.start("runs/slow", "ssh", "train.steps=100000", "checkpoint.every_steps=0")
+    wait(lambda: place.step("runs/slow") >= 20, "step 20")
+    assert "is slow" not in place.says("status", "runs/slow")
+    with _slowed(place, "runs/slow", 3) as host:
+        wait(lambda: f"{host} is slow: rank 3 " in place.says("status", "runs/slow"), "the verdict", 90)
+    place.says("stop", "runs/slow")
+    assert process.wait(timeout=60) == 75
 
 
 @pytest.mark.cluster

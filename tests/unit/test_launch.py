@@ -225,9 +225,9 @@ def test_an_attempt_that_was_replaced_may_not_write(tmp_path: Path, monkeypatch:
 def test_beats_tell_the_step_and_count_on(tmp_path: Path) -> None:
     path = tmp_path / "beat"
     beat = attempts.beats(2, {attempts.BEAT: str(path)})
-    assert path.read_text().split() == ["2", "1"]
+    assert path.read_text().split()[:2] == ["2", "1"]
     beat(3)
-    assert path.read_text().split() == ["3", "2"]
+    assert path.read_text().split()[:2] == ["3", "2"]
     attempts.beats(4, {})(5)
 
 
