@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch import procfs, surroundings
+from launch.container import without_the_hosts
 from launch.folder import LaunchFolder, NodeReport, Plan, RankReport, read, write
 from moe.attempt import BEAT, OWNER, STACKS
 from moe.errors import EXIT_STOPPED, LaunchError, clean_exit
@@ -134,7 +135,7 @@ class Agent:
             }
             with self.folder.log(self.number, rank).open("ab") as log:
                 process = subprocess.Popen(
-                    [self.plan.python, "-u", "-m", "moe.train", str(self.folder.recipe)],
+                    [sys.executable, "-u", "-m", "moe.train", str(self.folder.recipe)],
                     cwd=self.plan.working_folder,
                     env=environment(self.plan) | {name: str(value) for name, value in told.items()},
                     stdin=subprocess.DEVNULL,
@@ -205,7 +206,8 @@ class Agent:
 
 def environment(plan: Plan) -> dict[str, str]:
     """What every rank of this node gets: the node's variables, then those that came with the launch."""
-    env = dict(os.environ) | dict(plan.environment)
+    given = dict(plan.environment)
+    env = dict(os.environ) | (given if plan.container is None else without_the_hosts(given))
     if plan.kind == "hosts":
         # DeepSpeed's launcher counts one process a node, and would leave it one GPU.
         env.pop("CUDA_VISIBLE_DEVICES", None)

@@ -13,6 +13,7 @@ import click
 
 from launch import hosts as host_names
 from launch import options, slurm, start
+from launch.container import Container
 from launch.folder import Attempt, Kind, LaunchFolder, Limits, Plan, write, write_text
 from moe import log, recipe
 from moe.config import RunConfig
@@ -40,6 +41,7 @@ _NOT_FORWARDED = ("TURNOUT_OWNER", "TURNOUT_BEAT", "TURNOUT_STACKS")
 @options.place
 @click.option("--time", "time_limit", help="D-HH:MM:SS, HH:MM:SS or minutes.")
 @click.option("--module", "modules", multiple=True, help="To be loaded in the job; may be given again.")
+@options.container
 @click.option(
     "--signal-before",
     type=click.IntRange(10, 65535),
@@ -63,6 +65,7 @@ def command(
     place: slurm.Place,
     time_limit: str | None,
     modules: tuple[str, ...],
+    container: Container | None,
     signal_before: int,
     limits: Limits,
     dry_run: bool,
@@ -79,6 +82,7 @@ def command(
     _only_with(kind, "slurm", {
         **{f"--{name}": value for name, value in place.options.items()}, "--time": time_limit,
         "--module": modules, "--spares": spares, "--cpus-per-rank": cpus_per_rank,
+        "--container": container,
     })  # fmt: skip
     _only_with(kind, "hosts", {"--hosts": given_hosts, "--ssh": plain_ssh})
     names: tuple[str, ...] = ()
@@ -106,6 +110,7 @@ def command(
         pdsh=kind == "hosts" and not plain_ssh,
         cpus_per_rank=cpus_per_rank,
         environment=_forwarded(os.environ),
+        container=container,
         limits=limits,
     )
     request = slurm.Request(

@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from launch.container import Container
 from moe.errors import LaunchError
 
 Kind = Literal["local", "hosts", "slurm"]
@@ -60,6 +61,8 @@ class Plan:
     environment: Mapping[str, str] = field(default_factory=dict)
     """What ranks get beside what their node gives them."""
     limits: Limits = Limits()
+    container: Container | None = None
+    """For kind slurm: what agents and ranks run in."""
     first_attempt: int = 1
     """Of this launch; earlier ones belong to earlier launches of the same run."""
 
@@ -182,6 +185,8 @@ class LaunchFolder:
                 f"Give the folder of a run that was."
             )
         page = page | {"hosts": tuple(page["hosts"]), "limits": Limits(**page["limits"])}
+        if (inside := page.get("container")) is not None:
+            page["container"] = Container(**inside | {"mounts": tuple(inside["mounts"])})
         return Plan(**page)
 
     def write_attempt(self, attempt: Attempt) -> None:

@@ -4,12 +4,14 @@ import functools
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from launch.container import Runtime, find
 from launch.folder import Limits
 from launch.slurm import Place
+from moe.errors import LaunchError
 
 Command = Callable[..., Any]
 _LIMITS = Limits()
@@ -34,6 +36,45 @@ def place(command: Command) -> Command:
         click.option("--constraint"),
         click.option("--exclude", help="Nodes to leave out."),
     )
+
+
+def container(command: Command) -> Command:
+    """The options of a container, as one `container`, which is found and checked; None without an image."""
+
+    @functools.wraps(command)
+    def gathered(
+        *arguments: Any,
+        image: str | None,
+        runtime: Runtime | None,
+        mounts: tuple[str, ...],
+        container_python: str,
+        **given: Any,
+    ) -> Any:
+        if image is None and (runtime or mounts):
+            raise LaunchError(
+                "--container-runtime and --container-mount say how, but there is no --container."
+            )
+        found = None if image is None else find(image, runtime, container_python, mounts)
+        return command(*arguments, **given, container=found)
+
+    wrapped: Command = gathered
+    for option in (
+        click.option(
+            "--container-python", default="python3", show_default=True, help="In the image, with turnout."
+        ),
+        click.option("--container-mount", "mounts", multiple=True, help="A folder seen inside as outside."),
+        click.option(
+            "--container-runtime",
+            "runtime",
+            type=click.Choice(get_args(Runtime)),
+            help="Not given: the one that is there.",
+        ),
+        click.option(
+            "--container", "image", help="Slurm: an image to run ranks in, as its runtime names it."
+        ),
+    ):
+        wrapped = option(wrapped)
+    return wrapped
 
 
 def limits(command: Command) -> Command:

@@ -3,6 +3,7 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from launch.testbed.machines import Machines
-from tests.cluster.conftest import Place, wait
+from tests.cluster.conftest import HERE, Place, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -29,6 +30,37 @@ def test_through_slurm_a_run_has_the_bits_of_the_local_one(place: Place, expecte
     place.launch("runs/slurm", "slurm")
     _to_the_end(place, "runs/slurm", expected)
     assert [attempt.outcome for attempt in place.attempts("runs/slurm")] == ["done"]
+
+
+STAND_IN = """\
+#!/bin/sh
+# Stands in for apptainer: no image, but the command line that it would get.
+[ "$1 $2" = "exec --nv" ] || exit 9
+while [ "${{1##*/}}" != image.sif ]; do
+  [ "$1" = --pwd ] && cd "$2"
+  shift
+done
+shift
+touch "$(hostname).inside"
+export PYTHONPATH={here}
+exec "$@"
+"""
+
+
+@pytest.mark.cluster
+def test_in_a_container_a_run_has_the_bits_of_the_local_one(
+    place: Place, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = place.folder / "bin"
+    tools.mkdir()
+    (tools / "apptainer").write_text(STAND_IN.format(here=HERE))
+    (tools / "apptainer").chmod(0o755)
+    (place.folder / "image.sif").touch()
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    inside = ["--container", "image.sif", "--container-python", sys.executable]
+    place.launch("runs/inside", "slurm", *inside)
+    _to_the_end(place, "runs/inside", expected)
+    assert {path.name for path in place.folder.glob("*.inside")} == {"n1.inside", "n2.inside"}
 
 
 @pytest.mark.cluster
@@ -129,8 +161,8 @@ def _slowed(place: Place, run: str, rank: int) -> Iterator[str]:
 
 @pytest.mark.cluster
 def test_a_slow_rank_is_named_with_its_host_while_the_run_goes_on(place: Place) -> None:
-    process = place.start("runs/slow", "ssh", "train.steps=100000", "checkpoint.every_steps=0")
-    wait(lambda: place.step("runs/slow") >= 20, "step 20")
+    process = place.start("runs/slow", "ssh", "train.steps=100000")
+    wait(lambda: place.step("runs/slow") >= 20 or process.poll() is not None, "step 20")
     assert "is slow" not in place.says("status", "runs/slow")
     with _slowed(place, "runs/slow", 3) as host:
         wait(lambda: f"{host} is slow: rank 3 " in place.says("status", "runs/slow"), "the verdict", 90)
