@@ -8,6 +8,9 @@ from launch.folder import NodeReport, RankReport
 _SLOW = 1.5
 """Times what the others work in a step. Rank 0 does a little more than the others, and may."""
 
+_MATTERS = 0.2
+"""Of a step: what a rank works more than the others must take so much of it to be worth a word."""
+
 
 def slow(reports: Sequence[NodeReport]) -> list[tuple[NodeReport, RankReport]]:
     """Ranks that work much longer in a step than their peers do, and wait less."""
@@ -15,11 +18,11 @@ def slow(reports: Sequence[NodeReport]) -> list[tuple[NodeReport, RankReport]]:
     found = []
     for report, rank in known:
         others = [other for _, other in known if other.rank != rank.rank]
-        if (
-            others
-            and rank.works > _SLOW * statistics.median_low(other.works for other in others)
-            and rank.waits < statistics.median_high(other.waits for other in others)
-        ):
+        if not others:
+            continue
+        usual = statistics.median_low(other.works for other in others)
+        least = max(_SLOW * usual, usual + _MATTERS * (rank.works + rank.waits))
+        if rank.works > least and rank.waits < statistics.median_high(other.waits for other in others):
             found.append((report, rank))
     return found
 

@@ -14,12 +14,11 @@ import numpy
 import pytest
 
 from moe.errors import LaunchError
-from tests.cluster.conftest import Place, wait
+from tests.cluster.conftest import Place, faketime, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 WAYS = {"hosts": ["--hosts", "n1,n2,n3"], "slurm": ["--on", "slurm"]}
 SECONDS = 15.0
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 
 
 @contextmanager
@@ -104,8 +103,6 @@ def _another_version(place: Place) -> Iterator[None]:
 @contextmanager
 def _other_etc(place: Place) -> Iterator[Path]:
     """A copy of /etc that n3 alone sees; where time is to be faked, since namespaces have no clock of their own."""
-    if not FAKETIME.exists():
-        pytest.skip("libfaketime is not installed: apt install libfaketime")
     etc = place.folder / "etc"
     place.cluster.machines.run("n3", ["cp", "-a", "/etc", str(etc)])
     try:
@@ -119,7 +116,7 @@ def _other_etc(place: Place) -> Iterator[Path]:
 def _fast_clock(place: Place) -> Iterator[None]:
     """Every program that begins on n3 reads a clock 7 s ahead. (Not for sshd: its sandbox ends it then.)"""
     with _other_etc(place) as etc:
-        (etc / "ld.so.preload").write_text(f"{FAKETIME}\n")
+        (etc / "ld.so.preload").write_text(f"{faketime()}\n")
         (etc / "faketimerc").write_text("+7s\n")
         yield
 
@@ -129,7 +126,7 @@ def _fast_clock_by_ssh(place: Place) -> Iterator[None]:
     """Whoever logs in on n3 reads a clock 7 s ahead."""
     with _other_etc(place) as etc:
         shell = etc / "shell"
-        shell.write_text(f'#!/bin/sh\nexec env LD_PRELOAD={FAKETIME} FAKETIME=+7s /bin/sh "$@"\n')
+        shell.write_text(f'#!/bin/sh\nexec env LD_PRELOAD={faketime()} FAKETIME=+7s /bin/sh "$@"\n')
         shell.chmod(0o755)
         users = (etc / "passwd").read_text()
         (etc / "passwd").write_text(re.sub(r"^(root:.*):[^:]*$", r"\1:/etc/shell", users, flags=re.MULTILINE))

@@ -19,6 +19,9 @@ def _nodes(*ranks: RankReport) -> list[NodeReport]:
 def test_nobody_is_slow_where_all_are_alike_or_nothing_is_known() -> None:
     a_little_more = replace(RANK, works=0.13, waits=0.07)
     assert list(stragglers.sentences(_nodes(a_little_more, RANK, RANK, RANK))) == []
+    short = replace(RANK, works=0.05, waits=0.35)
+    twice_of_little = replace(RANK, works=0.10, waits=0.30)
+    assert list(stragglers.sentences(_nodes(twice_of_little, short, short, short))) == []
     assert list(stragglers.sentences(_nodes(*[replace(RANK, works=0.0, waits=0.0)] * 4))) == []
     assert list(stragglers.sentences([NodeReport(0, "n1", 7, (RANK,))])) == []
 
