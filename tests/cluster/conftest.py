@@ -179,8 +179,8 @@ def faketime() -> Path | None:
     return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
-def _install() -> str:
-    """What the tests need and this box lacks, if it lets us; else why not."""
+def lacking() -> str:
+    """Install what the tests need and this box lacks; why they cannot run, or nothing if they can."""
     if os.geteuid() != 0:
         return "the tests on a testbed make networks and mounts, for which one must be root"
     missing = {package for tool, package in PACKAGES.items() if shutil.which(tool) is None}
@@ -215,7 +215,7 @@ def _install() -> str:
 def home() -> Iterator[Path]:
     """With a file system of 4 MB in it, made before the machines are, so that they see it."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
-    if why := _install():
+    if why := lacking():
         pytest.skip(why)
     try:
         testbed.check(slurm=True)

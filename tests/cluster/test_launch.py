@@ -206,6 +206,7 @@ def test_a_testbed_leaves_nothing(home: Path, tmp_path: Path) -> None:
     assert machines.run("n1", ["hostname"]).strip() == "n1"
     sleeper = subprocess.Popen(machines.on("n2", ["sleep", "1000"]))
     wait(lambda: sleeper.pid and len(machines.pids("n2")) > 2, "the sleeper")
+    assert len(list(Path("/run/netns").glob(f"{machines.prefix}*"))) == 4
     machines.down()
     assert sleeper.wait(timeout=10) != 0
     assert list(Path("/run/netns").glob(f"{machines.prefix}*")) == []

@@ -25,6 +25,7 @@ from moe import attempt as attempts
 from moe.checkpoint.lock import held
 from moe.cli import turnout
 from moe.errors import CheckpointError, LaunchError
+from tests.cluster import conftest as cluster
 
 LIMITS = Limits(boot_seconds=60, hang_seconds=10, lease_seconds=5)
 ALIVE = RankReport(rank=0, pid=1, step=3, beats=4)
@@ -301,6 +302,15 @@ def test_a_testbed_says_what_it_needs(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
     with pytest.raises(LaunchError, match="apt install --no-install-recommends iproute2 munge"):
         testbed.check(slurm=True)
+
+
+def test_tests_on_a_testbed_say_why_they_are_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "geteuid", lambda: 1000)
+    assert "one must be root" in cluster.lacking()
+    monkeypatch.setattr(os, "geteuid", lambda: 0)
+    monkeypatch.setattr(shutil, "which", lambda *_, **__: None)
+    assert "slurmctld" in cluster.lacking()
+    assert "no apt-get" in cluster.lacking()
 
 
 def test_the_next_attempt_waits_for_the_lock_of_the_last(
