@@ -39,7 +39,7 @@ test: venv  ## The tests, with real 2- and 4-process runs, under 15 minutes on 2
 test-all: venv  ## The slow tests that `make test` leaves out
 	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not cluster" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-cluster: venv  ## Launches on a testbed of namespaces, with every fault we can plant; as root, a quarter of an hour
+test-cluster: venv  ## Launches on a testbed of namespaces, with every fault we can plant; as root, and installs by apt what it lacks
 	$(OFFLINE) $(BIN)/python -m pytest -m cluster
 
 parity: venv  ## The layout parity, more of it than `make test` has, as a table: 151 layouts beside one process; half an hour

@@ -20,7 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from launch import heir, procfs
+from launch import heir, procfs, surroundings
+from launch.container import without_the_hosts
 from launch.folder import LaunchFolder, NodeReport, Plan, RankReport, read, write
 from moe.attempt import BEAT, OWNER, STACKS
 from moe.errors import EXIT_STOPPED, LaunchError, clean_exit
@@ -41,6 +42,8 @@ class _Rank:
     last_beat: float
     step: int | None = None
     beats: int = 0
+    works: float = 0.0
+    waits: float = 0.0
     died: float | None = None
     told: bool = False
     asked_for_stack: bool = False
@@ -48,7 +51,9 @@ class _Rank:
     def look(self) -> None:
         now = time.monotonic()
         with suppress(OSError, ValueError):
-            step, beats = (int(number) for number in self.beat.read_text().split())
+            numbers = self.beat.read_text().split()
+            step, beats = (int(number) for number in numbers[:2])
+            self.works, self.waits = (float(number) for number in numbers[2:])
             if beats != self.beats:
                 self.step, self.beats, self.last_beat = step, beats, now
         if self.died is None and self.process.poll() is not None:
@@ -65,6 +70,8 @@ class _Rank:
             pid=self.process.pid,
             step=self.step,
             beats=self.beats,
+            works=self.works,
+            waits=self.waits,
             still_seconds=round(now - self.last_beat, 1),
             code=self.process.returncode,
             seconds_dead=0.0 if self.died is None else round(now - self.died, 2),
@@ -129,7 +136,7 @@ class Agent:
             }
             with self.folder.log(self.number, rank).open("ab") as log:
                 process = subprocess.Popen(
-                    [self.plan.python, "-u", "-m", "moe.train", str(self.folder.recipe), *attempt.overrides],
+                    [sys.executable, "-u", "-m", "moe.train", str(self.folder.recipe), *attempt.overrides],
                     cwd=self.plan.working_folder,
                     env=environment(self.plan) | {name: str(value) for name, value in told.items()},
                     stdin=subprocess.DEVNULL,
@@ -139,6 +146,8 @@ class Agent:
                     preexec_fn=procfs.die_with_parent,
                 )
             self.ranks.append(_Rank(rank, process, beat, stacks, time.monotonic()))
+        if self.node == 0:
+            surroundings.record_beside(self.folder, self.plan, attempt, environment(self.plan))
 
     def _meeting(self) -> tuple[str, int]:
         """Where the ranks meet. The first node's agent finds a free port there; the others wait for its word."""
@@ -212,7 +221,8 @@ class Agent:
 
 def environment(plan: Plan) -> dict[str, str]:
     """What every rank of this node gets: the node's variables, then those that came with the launch."""
-    env = dict(os.environ) | dict(plan.environment)
+    given = dict(plan.environment)
+    env = dict(os.environ) | (given if plan.container is None else without_the_hosts(given))
     if plan.kind == "hosts":
         # DeepSpeed's launcher counts one process a node, and would leave it one GPU.
         env.pop("CUDA_VISIBLE_DEVICES", None)

@@ -12,7 +12,8 @@ from typing import get_args
 import click
 
 from launch import hosts as host_names
-from launch import slurm, start
+from launch import options, slurm, start
+from launch.container import Container
 from launch.folder import Attempt, Kind, LaunchFolder, Limits, Plan, write_text
 from launch.submit import submit
 from moe import log, recipe
@@ -24,12 +25,10 @@ _FORWARDED = re.compile(
     r"|CUDA_HOME$|LD_LIBRARY_PATH$|PATH$|VIRTUAL_ENV$|TURNOUT_)"
 )
 _NOT_FORWARDED = ("TURNOUT_OWNER", "TURNOUT_BEAT", "TURNOUT_STACKS")
-_LIMITS = Limits()
 
 
 @click.command()
-@click.argument("recipe_path", metavar="RECIPE", type=click.Path(path_type=Path))
-@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@options.recipe
 @click.option("--on", "kind", type=click.Choice(get_args(Kind)), default="local", show_default=True)
 @click.option("--nodes", type=click.IntRange(min=1), help="Nodes that train. For hosts: all that are named.")
 @click.option(
@@ -45,13 +44,10 @@ _LIMITS = Limits()
 @click.option(
     "--ssh", "plain_ssh", is_flag=True, help="Hosts: agents by ssh, not by deepspeed's launcher and pdsh."
 )
-@click.option("--partition", help="Slurm's, as the next.")
+@options.place
 @click.option("--time", "time_limit", help="D-HH:MM:SS, HH:MM:SS or minutes.")
-@click.option("--account")
-@click.option("--qos")
-@click.option("--constraint")
-@click.option("--exclude", help="Nodes to leave out.")
 @click.option("--module", "modules", multiple=True, help="To be loaded in the job; may be given again.")
+@options.container
 @click.option(
     "--signal-before",
     type=click.IntRange(10, 65535),
@@ -59,34 +55,7 @@ _LIMITS = Limits()
     show_default=True,
     help="Slurm: seconds before the time limit to save and requeue.",
 )
-@click.option(
-    "--agent-limit",
-    type=click.FloatRange(min=1),
-    default=_LIMITS.agent_seconds,
-    show_default=True,
-    help="Seconds for a node's agent to begin.",
-)
-@click.option(
-    "--boot-limit",
-    type=click.FloatRange(min=1),
-    default=_LIMITS.boot_seconds,
-    show_default=True,
-    help="Seconds to the first step.",
-)
-@click.option(
-    "--hang-limit",
-    type=click.FloatRange(min=1),
-    default=_LIMITS.hang_seconds,
-    show_default=True,
-    help="Seconds a step may take, with its evaluation or save.",
-)
-@click.option(
-    "--lease",
-    type=click.FloatRange(min=2),
-    default=_LIMITS.lease_seconds,
-    show_default=True,
-    help="Seconds of silence after which a node counts as lost, or ranks end themselves.",
-)
+@options.limits
 @click.option("--dry-run", is_flag=True, help="Check, show what would be started, and start nothing.")
 def command(
     recipe_path: Path,
@@ -100,18 +69,12 @@ def command(
     spares: int,
     given_hosts: str | None,
     plain_ssh: bool,
-    partition: str | None,
+    place: slurm.Place,
     time_limit: str | None,
-    account: str | None,
-    qos: str | None,
-    constraint: str | None,
-    exclude: str | None,
     modules: tuple[str, ...],
+    container: Container | None,
     signal_before: int,
-    agent_limit: float,
-    boot_limit: float,
-    hang_limit: float,
-    lease: float,
+    limits: Limits,
     dry_run: bool,
 ) -> None:
     """Train RECIPE on this machine, on hosts over ssh, or through Slurm, and see it through.
@@ -124,9 +87,9 @@ def command(
     log.setup()
     run = recipe.load(RunConfig, recipe_path, overrides)
     _only_with(kind, "slurm", {
-        "--partition": partition, "--time": time_limit, "--account": account, "--qos": qos,
-        "--constraint": constraint, "--exclude": exclude, "--module": modules, "--spares": spares,
-        "--cpus-per-rank": cpus_per_rank,
+        **{f"--{name}": value for name, value in place.options.items()}, "--time": time_limit,
+        "--module": modules, "--spares": spares, "--cpus-per-rank": cpus_per_rank,
+        "--container": container,
     })  # fmt: skip
     _only_with(kind, "hosts", {"--hosts": given_hosts, "--ssh": plain_ssh})
     names: tuple[str, ...] = ()
@@ -155,17 +118,14 @@ def command(
         cpus_per_rank=cpus_per_rank,
         environment=_forwarded(os.environ),
         min_nodes=min_nodes,
-        limits=Limits(agent_limit, boot_limit, hang_limit, lease),
+        container=container,
+        limits=limits,
     )
     request = slurm.Request(
         name=run.name,
         gpus_per_node=gpus_per_node or 0,
-        partition=partition,
         time=time_limit,
-        account=account,
-        qos=qos,
-        constraint=constraint,
-        exclude=exclude,
+        place=place,
         spares=spares,
         signal_seconds=signal_before,
         modules=modules,

@@ -1,77 +1,63 @@
 """`turnout doctor`: the hosts of a run to be -> a table of what they are, what is wrong, and which to leave out."""
 
-import json
+import os
 import secrets
 import shutil
-import statistics
-import subprocess
 import sys
-import threading
-import time
-from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import click
 
+from launch import allocation, diagnosis, machine, options, slurm
 from launch import hosts as host_names
-from launch.folder import Plan
-from launch.start import SSH, remotely
+from launch.diagnosis import Finding, Pair, Wanted
+from launch.folder import Kind, Plan
+from launch.start import remotely
+from launch.visits import Fault, Visit, ask, clock
 from moe.errors import LaunchError
 
-Seen = Mapping[str, Mapping[str, Any]]
 _LOCAL = "this machine"
-_SECONDS = 60.0
-_CLOCK_SECONDS = 2.0
-_SLOW = 0.25
-"""Of the median of every host's fastest link: a host whose own is slower has a bad one."""
+_SSH = ("ssh", "-o", "BatchMode=yes", "-o", "ConnectTimeout=5")
+_QUEUE_SECONDS = 60.0
+_PROBE = ("-u", "-m", "launch.probe")
 
 
-@dataclass(frozen=True)
-class Finding:
-    """Something wrong with a host."""
+@dataclass
+class Examination:
+    """What was found so far, and on which hosts more can be asked."""
 
-    host: str
-    what: str
+    visits: list[Visit]
+    findings: list[Finding]
+    seen: dict[str, dict[str, Any]] = field(default_factory=dict)
+    computing: dict[str, dict[str, Any]] = field(default_factory=dict)
+    by_pair: dict[Pair, float] = field(default_factory=dict)
+    among_all: dict[str, float] = field(default_factory=dict)
 
-
-def diagnose(seen: Seen, speeds: Mapping[tuple[str, str], float], least_bytes: int) -> list[Finding]:
-    """What hosts say of themselves and each other -> what is wrong with which. Pure.
-
-    A host with the key `fault` did not answer. `speeds`: MB/s by pair of hosts.
-    """
-    found = [Finding(host, said["fault"]) for host, said in seen.items() if "fault" in said]
-    well = {host: said for host, said in seen.items() if "fault" not in said}
-    for name in sorted({name for said in well.values() for name in said["versions"]}):
-        have = {host: said["versions"].get(name) for host, said in well.items()}
-        usual = statistics.mode(have.values())
-        found += [
-            Finding(host, f"{name} is {mine}, but {usual} elsewhere")
-            for host, mine in have.items()
-            if mine != usual
-        ]
-    middle = statistics.median_low([said["clock"] for said in well.values()] or [0.0])
-    for host, said in well.items():
-        if abs(said["clock"] - middle) > _CLOCK_SECONDS + said["clock_error"]:
-            found.append(Finding(host, f"its clock is off by {said['clock'] - middle:+.1f} s"))
-        if said["folder_fault"]:
-            found.append(Finding(host, said["folder_fault"]))
-        elif said["free_bytes"] < least_bytes:
-            free, wanted = said["free_bytes"] / 1e9, least_bytes / 1e9
-            found.append(Finding(host, f"{free:.2f} GB are free, but {wanted:.2f} GB are wanted"))
-        found += [Finding(host, f"port {port} is taken") for port in said["taken"]]
-    fastest = {host: max((mb for pair, mb in speeds.items() if host in pair), default=0.0) for host in well}
-    usual_speed = statistics.median_high(fastest.values()) if speeds else 0.0
-    for host, speed in fastest.items():
-        if speed < _SLOW * usual_speed:
-            found.append(Finding(host, f"its fastest link has {speed:.0f} MB/s, {usual_speed:.0f} is usual"))
-    return found
+    def ask(self, question: str, given: Callable[[int], Mapping[str, Any]] = lambda _: {}) -> dict[str, Any]:
+        """Who does not answer is a finding, and is asked no more."""
+        said = ask(self.visits, question, given)
+        for visit in self.visits:
+            answer = said[visit.host]
+            if isinstance(answer, Fault):
+                self.findings.append(Finding(visit.host, answer.what))
+        self.visits = [visit for visit in self.visits if not isinstance(said[visit.host], Fault)]
+        return {visit.host: said[visit.host] for visit in self.visits}
 
 
 @click.command()
-@click.option("--hosts", "given", help="A hostfile or names: a,b,c. Not given: this machine alone.")
+@click.option(
+    "--on", "kind", type=click.Choice(get_args(Kind)), help="Not given: hosts if there are --hosts."
+)
+@click.option("--hosts", "given", help="A hostfile or names: a,b,c. Slurm: of its nodes; not given: all.")
+@click.option("--nodes", type=click.IntRange(min=1), help="Slurm: look at so many that are free.")
+@click.option(
+    "--gpus-per-node", type=click.IntRange(min=1), help="Slurm: to ask for, so that they are tried."
+)
+@options.place
 @click.option(
     "--folder",
     type=click.Path(path_type=Path),
@@ -81,113 +67,203 @@ def diagnose(seen: Seen, speeds: Mapping[tuple[str, str], float], least_bytes: i
 )
 @click.option("--free", "gigabytes", type=click.FloatRange(min=0), default=1.0, show_default=True, help="GB.")
 @click.option("--port", "ports", type=click.IntRange(1, 65535), multiple=True, help="That must be free.")
-def command(given: str | None, folder: Path, gigabytes: float, ports: tuple[int, ...]) -> None:
-    """Look at hosts before a long run: versions, clock, folder, room, ports, and bandwidth between each two.
+@click.option(
+    "--bandwidth", type=click.FloatRange(min=0), default=0.0, help="MB/s that every link must have."
+)
+def command(
+    kind: Kind | None,
+    given: str | None,
+    nodes: int | None,
+    gpus_per_node: int | None,
+    place: slurm.Place,
+    folder: Path,
+    gigabytes: float,
+    ports: tuple[int, ...],
+    bandwidth: float,
+) -> None:
+    """Look at hosts before a long run, and say which to leave out.
+
+    Versions, GPUs, clock, folder, room, ports, scratch folders, old locks; a short matmul on every device; connections
+    and bandwidth between each two, over NCCL with GPUs, else gloo. With --on slurm in a job: at its nodes; else a job
+    is started for it.
 
     Exit code 0 if nothing is wrong, else 1; the last line names the hosts to leave out.
     """
-    names = host_names.read(given)[0] if given is not None else (_LOCAL,)
-    if given is not None and shutil.which("ssh") is None:
-        raise LaunchError("ssh is not installed here, but doctor goes to the hosts with it. Install it.")
-    plan = Plan("hosts", str(folder.absolute()), str(Path.cwd()), sys.executable, len(names), 1, names)
-    seen = _look(plan, folder.absolute(), ports)
-    well = [name for name in names if "fault" not in seen[name]]
-    speeds, faults = _speeds(plan, well) if len(well) > 1 else ({}, [])
-    findings = [*diagnose(seen, speeds, int(gigabytes * 1e9)), *faults]
-    for line in _table(seen, speeds):
+    kind = kind or ("local" if given is None else "hosts")
+    named = () if given is None else host_names.read(given)[0]
+    wanted = Wanted(gigabytes * 1e9, bandwidth)
+    hosts, findings = named, list[Finding]()
+    if kind == "local":
+        hosts = (_LOCAL,)
+    elif kind == "hosts":
+        if not named:
+            raise LaunchError("--on hosts needs to know them: give --hosts HOSTFILE or --hosts a,b,c.")
+        if shutil.which("ssh") is None:
+            raise LaunchError("ssh is not installed here, but doctor goes to the hosts with it. Install it.")
+    else:
+        hosts, findings = _slurm_nodes(named, nodes, place)
+    with _probes(kind, hosts, place, gpus_per_node or 0) as visits:
+        found = Examination(visits, findings)
+        _look(found, folder.absolute(), ports, wanted)
+        _try(found, wanted)
+    for line in _table(hosts, found):
         click.echo(line)
-    for finding in findings:
+    for finding in found.findings:
         click.echo(f"{finding.host}: {finding.what}")
-    bad = [name for name in names if name in {finding.host for finding in findings}]
-    click.echo(f"leave out: {','.join(bad)}" if bad else "nothing is wrong")
-    sys.exit(1 if bad else 0)
+    bad = list(dict.fromkeys(f.host for f in found.findings if f.host not in (diagnosis.ALL, _LOCAL)))
+    if bad:
+        click.echo(f"leave out: {','.join(bad)}")
+    else:
+        click.echo("leave out none: mend what is wrong" if found.findings else "nothing is wrong")
+    sys.exit(1 if found.findings else 0)
 
 
-def _look(plan: Plan, folder: Path, ports: Sequence[int]) -> dict[str, dict[str, Any]]:
-    """By host what `launch.probe look` says there, its clock's offset from here, and how sure that is."""
-    home = folder / f".turnout-doctor-{secrets.token_hex(4)}"
-    mark = secrets.token_hex(8)
-    try:
-        home.mkdir()
-    except OSError as error:
+def _slurm_nodes(
+    named: Sequence[str], number: int | None, place: slurm.Place
+) -> tuple[tuple[str, ...], list[Finding]]:
+    """Those to look at, and what Slurm itself has against the others. Raises `LaunchError`."""
+    if "SLURM_JOB_ID" in os.environ:
+        mine = slurm.Job.mine().nodes
+        return tuple(node for node in mine if not named or node in named), []
+    known = allocation.nodes(place)
+    if strange := [name for name in named if name not in known]:
         raise LaunchError(
-            f"--folder is {folder}, which cannot be written here ({error.strerror}). Give the folder of runs."
-        ) from None
-    try:
-        (home / "mark").write_text(mark)
-        words = ["look", str(home), mark, *map(str, ports)]
-        with ThreadPoolExecutor(max_workers=64) as pool:
-            return dict(
-                zip(plan.hosts, pool.map(lambda host: _ask(plan, host, words), plan.hosts), strict=True)
-            )
-    finally:
-        shutil.rmtree(home, ignore_errors=True)
-
-
-def _ask(plan: Plan, host: str, words: Sequence[str]) -> dict[str, Any]:
-    with _probe(plan, host, words) as process:
-        timer = threading.Timer(_SECONDS, process.kill)
-        timer.start()
-        try:
-            assert process.stdin is not None
-            assert process.stdout is not None
-            said: dict[str, Any] = json.loads(process.stdout.readline())
-            asked = time.time()
-            process.stdin.write("now\n")
-            process.stdin.flush()
-            theirs, here = float(process.stdout.readline()), time.time()
-            return said | {"clock": theirs - (asked + here) / 2, "clock_error": (here - asked) / 2}
-        except (OSError, ValueError):
-            process.kill()
-            assert process.stderr is not None
-            lines = process.stderr.read().strip().splitlines()
-            return {"fault": f"it does not answer: {lines[-1] if lines else 'no word'}"}
-        finally:
-            timer.cancel()
-
-
-def _speeds(plan: Plan, hosts: Sequence[str]) -> tuple[dict[tuple[str, str], float], list[Finding]]:
-    """MB/s by pair of hosts, and hosts that could not take part."""
-    port = 20000 + secrets.randbelow(10000)
-    probes = [
-        _probe(plan, host, ["speed", str(node), str(len(hosts)), hosts[0], str(port)])
-        for node, host in enumerate(hosts)
+            f"Slurm has no node {', '.join(strange)} there. Use some of {', '.join(known) or 'another partition'}."
+        )
+    asked = {name: known[name] for name in named or known}
+    out = [
+        Finding(name, f"Slurm has it {node.state}: {node.reason}")
+        for name, node in asked.items()
+        if node.is_out
     ]
-    end = time.monotonic() + _SECONDS + 2 * len(hosts)
-    speeds: dict[tuple[str, str], float] = {}
-    faults: list[Finding] = []
-    for host, process in zip(hosts, probes, strict=True):
+    free = [name for name, node in asked.items() if node.is_free]
+    if busy := [name for name, node in asked.items() if not node.is_out and not node.is_free]:
+        click.echo(f"busy, so not looked at: {','.join(busy)}")
+    if number is not None and len(free) < number:
+        raise LaunchError(f"--nodes is {number}, but {len(free)} are free. Ask sinfo, or use fewer.")
+    return tuple(free[:number]), out
+
+
+@contextmanager
+def _probes(kind: Kind, hosts: Sequence[str], place: slurm.Place, gpus: int) -> Iterator[list[Visit]]:
+    """One on each host, until the end."""
+    plan = Plan(kind, "", str(Path.cwd()), sys.executable, len(hosts), 1)
+    probe = [plan.python, *_PROBE]
+    job, ours = os.environ.get("SLURM_JOB_ID", ""), False
+    if kind == "slurm" and hosts and not job:
+        job, ours = allocation.hold(hosts, place, gpus, _QUEUE_SECONDS), True
+    visits: list[Visit] = []
+    try:
+        for host in hosts:
+            there = {
+                "local": probe,
+                "hosts": [*_SSH, host, remotely(plan, probe)],
+                "slurm": [*allocation.step(job, host), *probe],
+            }
+            visits.append(Visit.begin(host, there[kind]))
+        yield list(visits)
+    finally:
+        for visit in visits:
+            visit.dismiss()
+        for visit in visits:
+            visit.end()
+        if ours:
+            slurm.cancel(job)
+
+
+def _look(found: Examination, folder: Path, ports: Sequence[int], wanted: Wanted) -> None:
+    """What each host says of itself."""
+    mark = folder / f".turnout-doctor-{secrets.token_hex(4)}"
+    text = secrets.token_hex(8)
+    try:
         try:
-            said, errors = process.communicate(timeout=max(0.0, end - time.monotonic()))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            said, errors = process.communicate()
-        if process.returncode:
-            last = (errors.strip() or "no answer in time").splitlines()[-1]
-            faults.append(Finding(host, f"gloo fails: {last}"))
-            continue
-        found: dict[str, float] = json.loads(said.strip().splitlines()[-1])
-        speeds |= {(host, hosts[int(other)]): speed for other, speed in found.items()}
-    return speeds, faults
+            mark.write_text(text)
+            seen_here = True
+        except OSError:
+            seen_here = False  # what it is, the hosts find out as well
+        many = len(found.visits) > 1
+        given = {"folder": str(folder), "ports": list(ports), "many": many}
+        found.seen = found.ask("look", lambda _: given | {"mark": f"{mark}:{text}" if seen_here else None})
+    finally:
+        mark.unlink(missing_ok=True)
+    for visit in found.visits:
+        offset = clock(visit)
+        if isinstance(offset, Fault):
+            found.findings.append(Finding(visit.host, offset.what))
+            del found.seen[visit.host]
+        else:
+            found.seen[visit.host] |= dict(zip(("clock", "clock_error"), offset, strict=True))
+    found.visits = [visit for visit in found.visits if visit.host in found.seen]
+    found.findings += diagnosis.diagnose(found.seen, machine.versions(), wanted)
 
 
-def _probe(plan: Plan, host: str, words: Sequence[str]) -> "subprocess.Popen[str]":
-    command = [plan.python, "-m", "launch.probe", *words]
-    pipes: dict[str, Any] = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    there = command if host == _LOCAL else [*SSH, host, remotely(plan, command)]
-    return subprocess.Popen(there, text=True, **pipes)
+def _try(found: Examination, wanted: Wanted) -> None:
+    """How fast they compute, whether they reach each other, and how fast."""
+    found.computing = found.ask("compute")
+    found.findings += diagnosis.computing(found.computing)
+    if len(found.visits) < 2:
+        return
+    doors = found.ask("door")
+    closed = diagnosis.doors(found.ask("reach", lambda _: {"doors": doors}))
+    found.findings += closed
+    shut = {finding.host for finding in closed}
+    found.visits = [visit for visit in found.visits if visit.host not in shut]
+    for _ in range(2):  # a host is accused only of what it does twice: others may have been busy
+        if len(found.visits) < 2 or not _measure(found):
+            return
+        slow = diagnosis.speeds([visit.host for visit in found.visits], found.by_pair, wanted)
+        if not slow:
+            return
+    found.findings += slow
 
 
-def _table(seen: Seen, speeds: Mapping[tuple[str, str], float]) -> list[str]:
-    lines = []
-    for host, said in seen.items():
-        if "fault" in said:
-            lines.append(f"{host:<16} no answer")
+def _measure(found: Examination) -> bool:
+    """Bandwidths, the best of what is known; False if that fails."""
+    hosts = [visit.host for visit in found.visits]
+    cuda = all("gpu" in found.computing[host] for host in hosts)
+    port = 20000 + secrets.randbelow(10000)
+    before = len(found.findings)
+    said = found.ask(
+        "bandwidth",
+        lambda node: {"node": node, "nodes": len(hosts), "address": hosts[0], "port": port, "cuda": cuda},
+    )
+    faults = found.findings[before:]
+    if faults:
+        way = "NCCL" if cuda else "gloo"
+        where = [diagnosis.ALL] if len(faults) == len(hosts) else [fault.host for fault in faults]
+        found.findings[before:] = [
+            Finding(host, f"{way} fails: {fault.what}") for host, fault in zip(where, faults, strict=False)
+        ]
+        return False
+    for node, host in enumerate(hosts):
+        for other, speed in said[host]["pairs"].items():
+            pair = (host, hosts[int(other)])
+            found.by_pair[pair] = max(speed, found.by_pair.get(pair, 0.0))
+        for name in ("all_reduce", "all_to_all"):
+            slowest = min(said[one][name] for one in hosts)
+            found.among_all[name] = (
+                max(slowest, found.among_all.get(name, 0.0)) if node == 0 else found.among_all[name]
+            )
+    return True
+
+
+def _table(hosts: Sequence[str], found: Examination) -> Iterator[str]:
+    for host in hosts:
+        said = found.seen.get(host)
+        if said is None:
+            yield f"{host:<16} no answer"
             continue
         versions = " ".join(f"{name} {number}" for name, number in said["versions"].items())
-        mine = [speed for pair, speed in speeds.items() if host in pair]
-        link = f", {min(mine):.0f} to {max(mine):.0f} MB/s" if mine else ""
-        lines.append(
-            f"{host:<16} {versions}, clock {said['clock']:+.2f} s, {said['free_bytes'] / 1e9:.1f} GB free{link}"
+        computing = found.computing.get(host, {})
+        speeds = computing.get("gpu") or computing.get("cpu")
+        devices = f"{len(said['gpus'])} GPUs" if computing.get("gpu") else "CPU"
+        compute = f", {devices} {min(speeds):.3g} to {max(speeds):.3g} TFLOP/s" if speeds else ""
+        mine = [speed for pair, speed in found.by_pair.items() if host in pair]
+        link = f", links {min(mine):.0f} to {max(mine):.0f} MB/s" if mine else ""
+        yield (
+            f"{host:<16} {versions}, clock {said['clock']:+.2f} s, {said['free_bytes'] / 1e9:.1f} GB free"
+            f"{compute}{link}"
         )
-    return lines
+    if found.among_all:
+        reduce, exchange = found.among_all["all_reduce"], found.among_all["all_to_all"]
+        yield f"among all: all-reduce {reduce:.0f} MB/s, all-to-all {exchange:.0f} MB/s of what each host gives"

@@ -8,6 +8,7 @@ attempt_N/
   attempt.json        who, where, and how it ended
   lease               a number that the supervisor counts up; agents that see it stand still end their ranks
   order               what the supervisor wants of the agents: stop, stacks or end
+  environment.json    what it ran in: packages, commit, modules, variables, GPUs
   meeting.json        where the ranks meet, found free by the agent of the first node
   node_I.json         what the agent of node I last saw of its ranks
 """
@@ -19,6 +20,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from launch.container import Container
 from moe.errors import LaunchError
 
 Kind = Literal["local", "hosts", "slurm"]
@@ -61,6 +63,8 @@ class Plan:
     environment: Mapping[str, str] = field(default_factory=dict)
     """What ranks get beside what their node gives them."""
     limits: Limits = Limits()
+    container: Container | None = None
+    """For kind slurm: what agents and ranks run in."""
     first_attempt: int = 1
     """Of this launch; earlier ones belong to earlier launches of the same run."""
     min_nodes: int | None = None
@@ -117,6 +121,10 @@ class RankReport:
     step: int | None = None
     """The last step that it took, or began with; None: it has not begun."""
     beats: int = 0
+    works: float = 0.0
+    """Of late, seconds of a step in which it does something itself; 0 if nothing is known."""
+    waits: float = 0.0
+    """The other seconds of a step: it waits for its peers."""
     still_seconds: float = 0.0
     """Since its last beat, or its start."""
     code: int | None = None
@@ -187,6 +195,8 @@ class LaunchFolder:
                 f"Give the folder of a run that was."
             )
         page = page | {"hosts": tuple(page["hosts"]), "limits": Limits(**page["limits"])}
+        if (inside := page.get("container")) is not None:
+            page["container"] = Container(**inside | {"mounts": tuple(inside["mounts"])})
         return Plan(**page)
 
     def write_attempt(self, attempt: Attempt) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import click
 
-from launch import ranks
+from launch import options, ranks
 from moe import log, recipe
 from moe.config import RunConfig
 from moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, LaunchError
@@ -20,8 +20,7 @@ EXIT_FAILED = 1
 
 
 @click.command()
-@click.argument("recipe_path", metavar="RECIPE", type=click.Path(path_type=Path))
-@click.argument("overrides", metavar="[KEY=VALUE]...", nargs=-1)
+@options.recipe
 @click.option(
     "--nproc", type=click.IntRange(min=1), help="Ranks to start on this machine by deepspeed's launcher."
 )

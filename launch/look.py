@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from launch import slurm
+from launch import slurm, stragglers, surroundings
 from launch.folder import Attempt, LaunchFolder, read, write_text
 from launch.submit import job_of
 from moe.errors import LaunchError
@@ -69,6 +69,8 @@ def status(run: Path) -> None:
                 click.echo(
                     f"  rank {rank.rank} on {report.host}: step {rank.step or 0}, {state}, pid {rank.pid}"
                 )
+        for line in stragglers.sentences(folder.reports(attempt.number)):
+            click.echo(line)
     sys.exit(0 if living or done else 1)
 
 
@@ -133,8 +135,10 @@ def story(folder: LaunchFolder) -> Iterator[str]:
     attempts = folder.attempts()
     if not attempts:
         yield "no attempt yet"
-    for attempt in attempts:
+    for before, attempt in zip([None, *attempts], attempts, strict=False):
         yield _sentence(attempt)
+        yield from _changes(folder, before, attempt)
+        yield from (f"    {line}" for line in stragglers.sentences(folder.reports(attempt.number)))
         if attempt.outcome in ("failed", "hung", "refused") and attempt.rank is not None:
             yield from _last_words(folder.log(attempt.number, attempt.rank))
     done = read(folder.done)
@@ -157,6 +161,16 @@ def _sentence(attempt: Attempt) -> str:
     if attempt.outcome not in ("done", "saved"):
         lost = f"; {max(0, (attempt.last_step or 0) - (attempt.to_step or 0))} steps lost"
     return f"{begin}: {attempt.outcome} {took}{who}{cause}{lost}; {attempt.then or 'no more is known'}"
+
+
+def _changes(folder: LaunchFolder, before: Attempt | None, attempt: Attempt) -> Iterator[str]:
+    """What it ran in and the one before did not."""
+    was = None if before is None else surroundings.of(folder, before.number)
+    now = surroundings.of(folder, attempt.number)
+    if before is not None and was is not None and now is not None:
+        changes = list(surroundings.differences(was, now))
+        if changes:
+            yield f"    since attempt {before.number}: {'; '.join(changes)}"
 
 
 def _last_words(path: Path) -> Iterator[str]:

@@ -22,7 +22,7 @@ def catches(pid: int, number: signal.Signals) -> bool:
     return bool(int(caught, 16) >> (number - 1) & 1)
 
 
-def die_with_parent() -> None:
-    """To be called in a child: it is killed when the thread that started it ends."""
+def die_with_parent(number: signal.Signals = signal.SIGKILL) -> None:
+    """To be called in a child: it gets the signal when the thread that started it ends."""
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG

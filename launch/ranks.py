@@ -1,16 +1,16 @@
 """One launcher on this machine and the ranks below it: start, stop kindly, end; all by pid."""
 
-import ctypes
 import os
 import signal
 import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+
+from launch import procfs
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0
@@ -62,9 +62,8 @@ def run(
 
 
 def _end_with_parent() -> None:
-    """Ask the kernel to send SIGTERM when we are killed ourselves: the launcher then ends its ranks, which save."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)  # PR_SET_PDEATHSIG
+    """Ask the procfs to send SIGTERM when we are killed ourselves: the launcher then ends its ranks, which save."""
+    procfs.die_with_parent(signal.SIGTERM)
 
 
 @contextmanager
@@ -105,13 +104,8 @@ def _ranks(launcher: int, is_rank: Callable[[Sequence[str]], bool]) -> set[int]:
 
 
 def _catches_sigterm(pid: int) -> bool:
-    """Whether the process has a handler by now; before that, SIGTERM would end it unsaved."""
-    try:
-        status = Path(f"/proc/{pid}/status").read_text(encoding="ascii", errors="replace")
-    except OSError:
-        return not Path("/proc/self/status").exists()  # elsewhere than on Linux we cannot know
-    caught = next((line.split()[1] for line in status.splitlines() if line.startswith("SigCgt:")), "0")
-    return bool(int(caught, 16) >> (signal.SIGTERM - 1) & 1)
+    """Whether the process has a handler by now; elsewhere than on Linux we cannot know."""
+    return not Path("/proc/self/status").exists() or procfs.catches(pid, signal.SIGTERM)
 
 
 def _end(session: int, grace: float) -> None:

@@ -31,17 +31,29 @@ UNENDED = ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
 
 
 @dataclass(frozen=True)
+class Place:
+    """Where in a cluster; None: Slurm's default."""
+
+    partition: str | None = None
+    account: str | None = None
+    qos: str | None = None
+    constraint: str | None = None
+    exclude: str | None = None
+
+    @property
+    def options(self) -> dict[str, str | None]:
+        """By the names that Slurm's commands have for them."""
+        return vars(self)
+
+
+@dataclass(frozen=True)
 class Request:
     """What Slurm is asked for beside nodes; None: its default."""
 
     name: str
     gpus_per_node: int = 0
-    partition: str | None = None
     time: str | None = None
-    account: str | None = None
-    qos: str | None = None
-    constraint: str | None = None
-    exclude: str | None = None
+    place: Place = Place()
     spares: int = 0
     """Nodes beyond those that train, for one that dies."""
     signal_seconds: int = 300
@@ -114,12 +126,8 @@ def script(folder: LaunchFolder, plan: Plan, request: Request, environment: Mapp
         "ntasks-per-node": 1 if plan.min_nodes is None else None,
         "cpus-per-task": None if plan.cpus_per_rank is None else plan.cpus_per_rank * plan.ranks_per_node,
         "gpus-per-node": request.gpus_per_node or None,
-        "partition": request.partition,
         "time": request.time,
-        "account": request.account,
-        "qos": request.qos,
-        "constraint": request.constraint,
-        "exclude": request.exclude,
+        **request.place.options,
         "signal": f"B:USR1@{request.signal_seconds}",
         "open-mode": "append",
         "output": folder.run / "logs" / "slurm-%j.log",

@@ -15,7 +15,11 @@ def commands(folder: LaunchFolder, plan: Plan, attempt: Attempt) -> list[list[st
     if plan.kind == "local":
         return [[plan.python, "-u", *agent]]
     if plan.kind == "slurm":
-        return [[*srun(plan, attempt.nodes), plan.python, "-u", *agent]]
+        options, command = list[str](), [plan.python, "-u", *agent]
+        if plan.container is not None:
+            inside = [plan.container.python, "-u", *agent]
+            options, command = plan.container.command([plan.working_folder, plan.run_folder], inside)
+        return [[*srun(plan, attempt.nodes), *options, *command]]
     if plan.pdsh:
         return [_deepspeed(folder, plan, attempt, agent[1:])]
     return [

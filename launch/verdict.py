@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from launch.folder import Limits, NodeReport, RankReport
+from moe.attempt import WAITING
 from moe.errors import EXIT_STOPPED, EXIT_USER_ERROR
 
-_WAITING = ("torch/distributed/", "deepspeed/comm/", "moe/sparse/collectives.py")
 _TOP_FRAMES = 4
 
 
@@ -109,7 +109,7 @@ def _threads(stack: str) -> list[list[tuple[str, str]]]:
 def _waits(stack: str) -> bool:
     """Whether some thread stands in a collective."""
     return any(
-        part in place for frames in _threads(stack) for place, _ in frames[:_TOP_FRAMES] for part in _WAITING
+        part in place for frames in _threads(stack) for place, _ in frames[:_TOP_FRAMES] for part in WAITING
     )
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -64,6 +66,8 @@ class Place:
 
     folder: Path
     cluster: Cluster
+    small: Path
+    """A file system of 4 MB that all machines see."""
 
     def turnout(self, *arguments: str, on: str = CONTROLLER) -> "subprocess.Popen[str]":
         command = self._on(on, arguments)
@@ -168,28 +172,93 @@ def wait(true: Callable[[], object], what: str, seconds: float = 400) -> None:
         time.sleep(0.1)
 
 
+PACKAGES = {
+    "slurmctld": "slurmctld",
+    "slurmd": "slurmd",
+    "sbatch": "slurm-client",
+    "munged": "munge",
+    "sshd": "openssh-server",
+    "ssh": "openssh-client",
+    "pdsh": "pdsh",
+    "tc": "iproute2",
+}
+
+
+def faketime() -> Path | None:
+    """A library that gives programs another clock."""
+    return next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
+def lacking() -> str:
+    """Install what the tests need and this box lacks; why they cannot run, or nothing if they can."""
+    if os.geteuid() != 0:
+        return "the tests on a testbed make networks and mounts, for which one must be root"
+    missing = {package for tool, package in PACKAGES.items() if shutil.which(tool) is None}
+    if faketime() is None:
+        missing.add("libfaketime")
+    if not missing:
+        return ""
+    if shutil.which("apt-get") is None:
+        return (
+            f"the tests on a testbed need {', '.join(sorted(missing))}, and there is no apt-get to install it"
+        )
+    env = {**os.environ, "DEBIAN_FRONTEND": "noninteractive"}
+    install = ["apt-get", "install", "--yes", "--no-install-recommends", *sorted(missing)]
+    # No daemon of these packages shall run on the box itself.
+    policy = Path("/usr/sbin/policy-rc.d")
+    ours = not policy.exists()
+    if ours:
+        policy.write_text("#!/bin/sh\nexit 101\n")
+        policy.chmod(0o755)
+    try:
+        for command in (["apt-get", "update"], install):
+            done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+            if done.returncode:
+                return f"`{' '.join(command)}` failed: {done.stderr.strip()[-300:]}"
+    finally:
+        if ours:
+            policy.unlink()
+    return ""
+
+
 @pytest.fixture(scope="session")
-def cluster() -> Iterator[Cluster]:
+def home() -> Iterator[Path]:
+    """With a file system of 4 MB in it, made before the machines are, so that they see it."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
+    if why := lacking():
+        pytest.skip(why)
     try:
         testbed.check(slurm=True)
     except LaunchError as error:
         pytest.skip(str(error))
+    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended by SIGTERM"))  # so that all is cleaned up
     home = Path(tempfile.mkdtemp(prefix="turnout-"))
+    small = home / "small"
+    small.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(small)], check=True)
+    try:
+        yield home
+    finally:
+        subprocess.run(["umount", str(small)], check=True)
+        small.rmdir()
+        home.rmdir()
+
+
+@pytest.fixture(scope="session")
+def cluster(home: Path) -> Iterator[Cluster]:
     machines = Machines.up(home / "testbed", 3)
     try:
         yield Cluster.up(machines, cpus=4, gpus=2)
     finally:
         machines.down()
-        home.rmdir()
 
 
 @pytest.fixture(scope="session")
-def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(cluster: Cluster, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("cluster")
     (folder / "data.yaml").write_text(yaml.safe_dump(DATA))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    place = Place(folder, cluster)
+    place = Place(folder, cluster, home / "small")
     place.says("prepare", "data.yaml")
     return place
 

@@ -1,14 +1,18 @@
 """Launched through Slurm, pdsh or ssh on several machines, a run equals the local one, and outlives what fails."""
 
+import os
+import signal
 import subprocess
+import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from launch.testbed.machines import Machines
-from tests.cluster.conftest import Place, wait
+from tests.cluster.conftest import HERE, Place, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -26,6 +30,37 @@ def test_through_slurm_a_run_has_the_bits_of_the_local_one(place: Place, expecte
     place.launch("runs/slurm", "slurm")
     _to_the_end(place, "runs/slurm", expected)
     assert [attempt.outcome for attempt in place.attempts("runs/slurm")] == ["done"]
+
+
+STAND_IN = """\
+#!/bin/sh
+# Stands in for apptainer: no image, but the command line that it would get.
+[ "$1 $2" = "exec --nv" ] || exit 9
+while [ "${{1##*/}}" != image.sif ]; do
+  [ "$1" = --pwd ] && cd "$2"
+  shift
+done
+shift
+touch "$(hostname).inside"
+export PYTHONPATH={here}
+exec "$@"
+"""
+
+
+@pytest.mark.cluster
+def test_in_a_container_a_run_has_the_bits_of_the_local_one(
+    place: Place, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tools = place.folder / "bin"
+    tools.mkdir()
+    (tools / "apptainer").write_text(STAND_IN.format(here=HERE))
+    (tools / "apptainer").chmod(0o755)
+    (place.folder / "image.sif").touch()
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    inside = ["--container", "image.sif", "--container-python", sys.executable]
+    place.launch("runs/inside", "slurm", *inside)
+    _to_the_end(place, "runs/inside", expected)
+    assert {path.name for path in place.folder.glob("*.inside")} == {"n1.inside", "n2.inside"}
 
 
 @pytest.mark.cluster
@@ -108,6 +143,33 @@ def test_stop_saves_and_ends_one_run_and_leaves_another_on_the_same_hosts(
     assert [attempt.outcome for attempt in place.attempts("runs/other")] == ["done"]
 
 
+@contextmanager
+def _slowed(place: Place, run: str, rank: int) -> Iterator[str]:
+    """A rank that the machine lets run for a third of the time alone; its host."""
+    host, pid = place.pid(run, rank)
+    program = "while kill -STOP $0; do sleep 0.2; kill -CONT $0; sleep 0.1; done"
+    brake = subprocess.Popen(
+        place.cluster.machines.on(host, ["bash", "-c", program, str(pid)]), start_new_session=True
+    )
+    try:
+        yield host
+    finally:
+        os.killpg(brake.pid, signal.SIGKILL)
+        brake.wait()
+        place.cluster.machines.run(host, ["kill", "-CONT", str(pid)])
+
+
+@pytest.mark.cluster
+def test_a_slow_rank_is_named_with_its_host_while_the_run_goes_on(place: Place) -> None:
+    process = place.start("runs/slow", "ssh", "train.steps=100000")
+    wait(lambda: place.step("runs/slow") >= 20 or process.poll() is not None, "step 20")
+    assert "is slow" not in place.says("status", "runs/slow")
+    with _slowed(place, "runs/slow", 3) as host:
+        wait(lambda: f"{host} is slow: rank 3 " in place.says("status", "runs/slow"), "the verdict", 90)
+    place.says("stop", "runs/slow")
+    assert process.wait(timeout=60) == 75
+
+
 @pytest.mark.cluster
 def test_ranks_end_when_their_supervisor_is_killed(place: Place, expected: dict[int, float]) -> None:
     process = place.start("runs/orphan", "pdsh", "--lease", "4", "train.steps=100000")
@@ -139,15 +201,15 @@ def test_a_crashed_node_is_replaced_by_a_spare(place: Place, expected: dict[int,
         wait(lambda: set(place.cluster.states().values()) == {"idle"}, "the node to come back")
 
 
-def test_a_testbed_leaves_nothing(tmp_path: Path) -> None:
-    before = set(Path("/run/netns").iterdir())
+def test_a_testbed_leaves_nothing(home: Path, tmp_path: Path) -> None:
     machines = Machines.up(tmp_path / "bed", 2)
     assert machines.run("n1", ["hostname"]).strip() == "n1"
     sleeper = subprocess.Popen(machines.on("n2", ["sleep", "1000"]))
     wait(lambda: sleeper.pid and len(machines.pids("n2")) > 2, "the sleeper")
+    assert len(list(Path("/run/netns").glob(f"{machines.prefix}*"))) == 4
     machines.down()
     assert sleeper.wait(timeout=10) != 0
-    assert set(Path("/run/netns").iterdir()) == before
+    assert list(Path("/run/netns").glob(f"{machines.prefix}*")) == []
     assert not machines.folder.exists()
 
 
