@@ -14,11 +14,12 @@ import pytest
 from click.testing import CliRunner
 
 from launch import diagnosis, hosts, machine, start
+from launch.allocation import Node
 from launch.diagnosis import ALL, Finding, Wanted, diagnose
 from launch.folder import Attempt, LaunchFolder, Limits, NodeReport, Plan, RankReport, fruitless, write_text
 from launch.look import story
 from launch.measure import rounds
-from launch.slurm import Node, Place, Request, script
+from launch.slurm import Place, Request, script
 from launch.testbed import command as testbed
 from launch.verdict import culprit, judge
 from moe import attempt as attempts

@@ -24,7 +24,7 @@ FakeSlurm = Callable[[str], Path]
 @pytest.fixture
 def fake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> FakeSlurm:
     """Slurm's commands as a script that gets the body; what they were asked for stands in the file it returns."""
-    monkeypatch.setattr(slurm, "_RETRY_SECONDS", 0.01)
+    monkeypatch.setattr("moe.slurm._RETRY_SECONDS", 0.01)
     folder, asked = tmp_path / "bin", tmp_path / "asked"
     folder.mkdir()
     monkeypatch.setenv("PATH", f"{folder}:/usr/bin:/bin")
