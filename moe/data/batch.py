@@ -60,7 +60,7 @@ class Block:
 
     @classmethod
     def of(cls, rows: Sequence[Row]) -> "Block":
-        ids_BS, labels_BS = (_stacked([row[at] for row in rows]) for at in (0, 1))
+        ids_BS, labels_BS = _stacked([row.ids_S for row in rows]), _stacked([row.labels_S for row in rows])
         return cls(ids_BS, labels_BS, [row.filled for row in rows], [row.lengths for row in rows])
 
     def __getitem__(self, at: int) -> Row:
