@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -45,7 +46,9 @@ class Contender:
     is_slow: bool = False
 
 
-def _turnout(files: Sequence[Path], tokenizer: Path, folder: Path, workers: int) -> None:
+def _turnout(
+    files: Sequence[Path], tokenizer: Path, folder: Path, workers: int, *, fast: bool = True
+) -> None:
     """The whole road of a recipe, as `turnout prepare` goes it."""
     from data_prep import staged
     from data_prep.recipe import DataRecipe
@@ -54,7 +57,7 @@ def _turnout(files: Sequence[Path], tokenizer: Path, folder: Path, workers: int)
         "name": "bench",
         "output": str(folder / "data"),
         "sources": [{"type": "jsonl", "paths": [str(path) for path in files]}],
-        "tokenizer": {"type": "file", "path": str(tokenizer)},
+        "tokenizer": {"type": "file", "path": str(tokenizer), "fast": fast},
         "executor": {"workers": workers},
         "part_megabytes": 16,
     }
@@ -64,6 +67,7 @@ def _turnout(files: Sequence[Path], tokenizer: Path, folder: Path, workers: int)
 ENCODE = {
     "turnout prepare, in stages": Contender(_turnout, ("gigatoken",)),
     "raw loop, gigatoken": Contender(peers.raw_fast, ("gigatoken",)),
+    "turnout prepare, without gigatoken": Contender(partial(_turnout, fast=False), is_slow=True),
     "raw loop, encode_batch_fast": Contender(peers.raw_reference, (), is_slow=True),
     "datasets.map": Contender(peers.datasets_map, ("datasets",), is_slow=True),
     "datatrove, DocumentTokenizer": Contender(peers.datatrove_tokens, ("datatrove", "orjson"), is_slow=True),
