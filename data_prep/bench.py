@@ -16,18 +16,21 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import click
+import numpy as np
 from rich.console import Console
 from rich.table import Table
 
 from data_prep import peers, vocabulary
 from data_prep.documents import Document, Source, from_bytes
-from data_prep.recipe import BpeTokenizer
+from data_prep.encoder import Encoder
+from data_prep.recipe import BpeTokenizer, ExistingTokenizer
 from moe import log
 from moe.errors import DataError, clean_exit
 
@@ -45,7 +48,9 @@ class Contender:
     is_slow: bool = False
 
 
-def _turnout(files: Sequence[Path], tokenizer: Path, folder: Path, workers: int) -> None:
+def _turnout(
+    files: Sequence[Path], tokenizer: Path, folder: Path, workers: int, *, fast: bool = True
+) -> None:
     """The whole road of a recipe, as `turnout prepare` goes it."""
     from data_prep import staged
     from data_prep.recipe import DataRecipe
@@ -54,7 +59,7 @@ def _turnout(files: Sequence[Path], tokenizer: Path, folder: Path, workers: int)
         "name": "bench",
         "output": str(folder / "data"),
         "sources": [{"type": "jsonl", "paths": [str(path) for path in files]}],
-        "tokenizer": {"type": "file", "path": str(tokenizer)},
+        "tokenizer": {"type": "file", "path": str(tokenizer), "fast": fast},
         "executor": {"workers": workers},
         "part_megabytes": 16,
     }
@@ -64,6 +69,7 @@ def _turnout(files: Sequence[Path], tokenizer: Path, folder: Path, workers: int)
 ENCODE = {
     "turnout prepare, in stages": Contender(_turnout, ("gigatoken",)),
     "raw loop, gigatoken": Contender(peers.raw_fast, ("gigatoken",)),
+    "turnout prepare, without gigatoken": Contender(partial(_turnout, fast=False), is_slow=True),
     "raw loop, encode_batch_fast": Contender(peers.raw_reference, (), is_slow=True),
     "datasets.map": Contender(peers.datasets_map, ("datasets",), is_slow=True),
     "datatrove, DocumentTokenizer": Contender(peers.datatrove_tokens, ("datatrove", "orjson"), is_slow=True),
@@ -108,6 +114,35 @@ def encode(**options: Any) -> None:
 def near(**options: Any) -> None:
     """Documents to the signatures by which near duplicates are found."""
     _bench(NEAR, **options)
+
+
+@command.command()
+@click.option("--megabytes", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--text", type=click.Path(path_type=Path), help="A folder of text instead.")
+def agree(megabytes: int, text: Path | None) -> None:
+    """Count the tokens in which gigatoken and `tokenizers` agree; stop at the first in which they do not."""
+    log.setup()
+    with clean_exit(), tempfile.TemporaryDirectory() as place:
+        files = _corpus(Path(place), text or Path(sysconfig.get_path("purelib")), megabytes, 1)
+        folder = _tokenizer(Path(place), files)
+        known = vocabulary.load(ExistingTokenizer(type="file", path=str(folder)))
+        ways = Encoder(known), Encoder(known, fast=False)
+        if ways[0].name == ways[1].name:
+            raise DataError(
+                "there is nothing to compare: gigatoken is not in use here. Install it: pip install 'turnout[data]'."
+            )
+        tokens = documents = 0
+        for path in files:
+            for batch in peers.lines(path):
+                one, other = (way.encode([text.encode() for text in batch]) for way in ways)
+                if not (
+                    np.array_equal(one.ids_N, other.ids_N) and np.array_equal(one.lengths_D, other.lengths_D)
+                ):
+                    raise DataError(
+                        f"{ways[0].name} and {ways[1].name} differ after {tokens:,} equal tokens."
+                    )
+                tokens, documents = tokens + len(one.ids_N), documents + len(batch)
+        click.echo(f"{ways[0].name} = {ways[1].name}: {tokens:,} tokens of {documents:,} documents")
 
 
 @command.command(hidden=True)

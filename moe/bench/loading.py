@@ -28,6 +28,7 @@ from rich.table import Table
 from moe import figures, log
 from moe.data.loader import train_batches, training_rows
 from moe.data.packing import pack
+from moe.data.rows import PackedRows
 from moe.data.shards import (
     MANIFEST_NAME,
     Manifest,
@@ -122,6 +123,12 @@ def _ways(data: TokenData, folder: Path, length: int, rows: int) -> dict[str, Ca
 
         return read
 
+    def blocks() -> None:
+        assert isinstance(packed, PackedRows)
+        for at in range(0, rows, BATCH):
+            block = packed.block(order[at : at + BATCH])
+            torch.from_numpy(block.ids_BS), torch.from_numpy(block.labels_BS)
+
     def batches(packing: Any, attend: bool) -> Callable[[], None]:
         def read() -> None:
             steps: Iterator[Any] = train_batches(
@@ -145,7 +152,7 @@ def _ways(data: TokenData, folder: Path, length: int, rows: int) -> dict[str, Ca
     return {
         "copy + int64": copy,
         "end to end": direct(end_to_end),
-        "best fit, documents apart": direct(packed),
+        "best fit, documents apart": blocks,
         "end to end, batches through Grain": batches("concatenate", True),
         "best fit, apart, batches through Grain": batches("best_fit", False),
         f"Grain {version('grain')} alone": _grain_alone(block, rows),

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from moe.data.indexed import Index, Tokens, open_tokens
-from moe.data.tape import Tape
+from moe.data.tape import Table, Tape
 from moe.errors import DataError
 
 
@@ -88,16 +88,15 @@ class ForeignTokens:
             )
         return found
 
-    def row(
-        self, split: str, starts: Sequence[int], lengths: Sequence[int], size: int
-    ) -> npt.NDArray[np.int64]:
-        """As `TokenData.row`."""
+    def rows(self, split: str, tables: Sequence[Table], size: int) -> Tokens:
+        """As `TokenData.rows`."""
         assert split == "train"
-        ids_S = self._tape.row(starts, lengths, size, self.pad_id)
-        if np.maximum.reduce(ids_S.view(np.uint64)) >= self.vocab_size:
-            for start, length in zip(starts, lengths, strict=True):
-                self.tokens(split, start, start + length)  # says which it is
-        return ids_S
+        ids_BS = self._tape.rows(tables, size, self.pad_id)
+        if ids_BS.max() >= self.vocab_size or ids_BS.min() < 0:
+            for starts, lengths in tables:
+                for start, length in zip(starts, lengths, strict=True):
+                    self.tokens(split, start, start + length)  # says which it is
+        return ids_BS
 
     @cached_property
     def _tape(self) -> Tape:

@@ -18,9 +18,9 @@ from typing import Any, Protocol, TypeVar
 
 import xxhash
 
-from moe.data.batch import IGNORED, Batch, Row
+from moe.data.batch import IGNORED, Batch, Block, Row
 from moe.data.mixture import Mixture
-from moe.data.rows import FirstRows, Packing, Rows, TokenSource, open_rows
+from moe.data.rows import FirstRows, PackedRows, Packing, Rows, TokenSource, open_rows
 from moe.errors import DataError
 
 __all__ = ["IGNORED", "WHOLE", "Batch", "train_batches", "validation_batches"]
@@ -111,6 +111,12 @@ class _Shuffled:
     def __getitem__(self, number: int) -> Row:
         return self._rows[self._order[number]]
 
+    def block(self, numbers: Sequence[int]) -> Block | list[Row]:
+        indices = [self._order[number] for number in numbers]
+        if isinstance(self._rows, PackedRows):
+            return self._rows.block(indices)
+        return [self._rows[index] for index in indices]
+
 
 class _Steps:
     """Step -> this rank's micro-batches."""
@@ -138,9 +144,13 @@ class _Steps:
             places = [(0, number) for number in range(first, first + self._local)]
         else:
             places = self._mixture.stretch(first, self._local)
-        rows = [self._orders[source][number] for source, number in places]
         starts = range(0, self._local, self._micro)
-        return tuple(Batch.of(rows[at : at + self._micro]).part(self._positions) for at in starts)
+        return tuple(self._batch(places[at : at + self._micro]).part(self._positions) for at in starts)
+
+    def _batch(self, places: Sequence[tuple[int, int]]) -> Batch:
+        if len({source for source, _ in places}) == 1:
+            return Batch.of(self._orders[places[0][0]].block([number for _, number in places]))
+        return Batch.of([self._orders[source][number] for source, number in places])
 
 
 class _ValidationBatches:

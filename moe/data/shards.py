@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -27,7 +28,7 @@ from moe.data.manifest import (
     TokenizerFacts,
 )
 from moe.data.masks import MaskWriter, mask_path
-from moe.data.tape import Tape
+from moe.data.tape import Table, Tape
 from moe.errors import DataError
 
 __all__ = [
@@ -154,22 +155,19 @@ class TokenData:
         self._check_ids(split, start, ids_N)
         return ids_N
 
-    def row(
-        self, split: str, starts: Sequence[int], lengths: Sequence[int], size: int
-    ) -> np.typing.NDArray[np.int64]:
-        """Ids `[size]`: `lengths` tokens from each of `starts`, and padding. Raises as `tokens` does."""
-        ids_S = self._tapes.get(split, _NOTHING).row(starts, lengths, size, self.pad_id)
-        if np.maximum.reduce(ids_S.view(np.uint64)) >= self._vocab_size:
-            for start, length in zip(starts, lengths, strict=True):
-                self.tokens(split, start, start + length)  # says which it is
-        return ids_S
+    def rows(self, split: str, tables: Sequence[Table], size: int) -> Tokens:
+        """Ids `[len(tables), size]`: the pieces of each, and padding. Raises as `tokens` does."""
+        ids_BS = self._tapes[split].rows(tables, size, self.pad_id)
+        if _largest(ids_BS) >= self.vocab_size:
+            for starts, lengths in tables:
+                for start, length in zip(starts, lengths, strict=True):
+                    self.tokens(split, start, start + length)  # says which it is
+        return ids_BS
 
     def _check_ids(self, split: str, start: int, ids_N: Tokens) -> None:
         # Bytes whose hash nobody checked, or an edited manifest, would end as an index error deep in the model.
-        # Seen as unsigned, a negative id is a large one.
-        unsigned_N = ids_N.view("<u4") if ids_N.itemsize == 4 else ids_N
-        if len(ids_N) and np.maximum.reduce(unsigned_N) >= self._vocab_size:
-            at = int((unsigned_N >= self.vocab_size).argmax())
+        if len(ids_N) and _largest(ids_N) >= self._vocab_size:
+            at = int((_unsigned(ids_N) >= self.vocab_size).argmax())
             raise DataError(
                 f"{self.folder}: token {start + at} of the {split} split has id {int(ids_N[at])}, but the manifest's "
                 f"vocabulary has {self.vocab_size} tokens, from 0 on. The shards or the manifest were changed or "
@@ -194,6 +192,15 @@ class TokenData:
     def __reduce__(self) -> tuple[type["TokenData"], tuple[Path, Manifest]]:
         """Pickle the path, not the memory behind it: a spawned process opens the files itself."""
         return TokenData, (self.folder, self.manifest)
+
+
+def _largest(ids_N: Tokens) -> Any:
+    return np.maximum.reduce(_unsigned(ids_N), axis=None)
+
+
+def _unsigned(ids_N: Tokens) -> Tokens:
+    """So that a negative id is a large one."""
+    return ids_N.view("<u4") if ids_N.itemsize == 4 else ids_N
 
 
 def _check_shard(folder: Path, shard: ShardFacts, dtype: str, verify: bool) -> None:

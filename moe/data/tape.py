@@ -1,13 +1,15 @@
-"""Arrays of token ids -> one line of them, end to end: views of any stretch, and rows of many. S positions of a row."""
+"""Arrays of token ids -> one line of them, end to end, and rows of its pieces. B rows, S positions of each."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
 
 import numpy as np
-import numpy.typing as npt
 
 from moe.data.indexed import Tokens
+
+Table = tuple[Sequence[int], Sequence[int]]
+"""Where the pieces of a row start, and their lengths."""
 
 
 class Tape:
@@ -34,14 +36,20 @@ class Tape:
             start, place = end, place + 1
         return parts
 
-    def row(
-        self, starts: Sequence[int], lengths: Sequence[int], size: int, pad_id: int
-    ) -> npt.NDArray[np.int64]:
-        """Ids [S] of pieces, S = `size`, and padding for what they leave."""
-        parts: list[Tokens] = []
-        for start, length in zip(starts, lengths, strict=True):
-            parts += self.views(start, start + length)
-        if (left := size - sum(lengths)) > 0:
-            parts.append(np.full(left, pad_id, dtype=np.int64))
-        ids_S: npt.NDArray[np.int64] = np.concatenate(parts, dtype=np.int64)
-        return ids_S
+    def rows(self, tables: Sequence[Table], size: int, pad_id: int) -> Tokens:
+        """Ids [B, S], S = `size`: each row the pieces of its table, and padding for what they leave."""
+        ends, begins, arrays = self._ends, self._begins, self._arrays
+        parts = []
+        for starts, lengths in tables:
+            for start, length in zip(starts, lengths, strict=True):
+                stop, place = start + length, bisect_right(ends, start)
+                if (
+                    stop <= ends[place]
+                ):  # as a rule, and without a call that would cost as much as all the rest
+                    parts.append(arrays[place][start - begins[place] : stop - begins[place]])
+                else:
+                    parts += self.views(start, stop)
+            if (left := size - sum(lengths)) > 0:
+                parts.append(np.full(left, pad_id, dtype=arrays[0].dtype))
+        ids_BS: Tokens = np.concatenate(parts).reshape(len(tables), size)
+        return ids_BS

@@ -14,7 +14,7 @@ from moe.data import index
 from moe.data.batch import IGNORED
 from moe.data.loader import validation_batches
 from moe.data.packing import best_fit, pack
-from moe.data.rows import Packing, open_rows
+from moe.data.rows import PackedRows, Packing, open_rows
 from moe.data.shards import TokenData
 from moe.errors import DataError
 from moe.evaluate import unigram_nats
@@ -188,6 +188,20 @@ def test_validation_predicts_what_each_document_holds_once_over_ranks(
     else:
         assert set(inside) <= set(found)
         assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_packed_rows_read_together_are_those_read_alone(tmp_path: Path, apart: bool) -> None:
+    lengths = [5, 30, 7, 16, 2, 9, 40, 0, 3]
+    rows = open_rows(_data(tmp_path / "d", lengths), "train", LENGTH, "best_fit", apart=apart, seed=0)
+    assert isinstance(rows, PackedRows)
+    order = [*range(len(rows)), 0, 2, 1]
+    block = rows.block(order)
+    for at, number in enumerate(order):
+        alone, together = rows[number], block[at]
+        assert alone.ids_S.tolist() == together.ids_S.tolist()
+        assert alone.labels_S.tolist() == together.labels_S.tolist()
+        assert (alone.filled, alone.lengths) == (together.filled, together.lengths)
 
 
 def test_packed_rows_that_see_across_documents_predict_across_them(tmp_path: Path) -> None:
