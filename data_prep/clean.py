@@ -61,14 +61,14 @@ def _steps(config: Clean) -> list[Step]:
     return steps
 
 
-def _needed(module: str, setting: str) -> Any:
+def _needed(module: str, setting: str, install: str = "'turnout[data]'") -> Any:
     from importlib import import_module
 
     try:
         return import_module(module)
     except ImportError:
         raise DataError(
-            f"{setting} needs {module.partition('.')[0]}, which is not installed: pip install 'turnout[data]', "
+            f"{setting} needs {module.partition('.')[0]}, which is not installed: pip install {install}, "
             f"or leave the setting out."
         ) from None
 
@@ -127,7 +127,7 @@ def _language(config: LanguageFilter) -> Step:
             f"model such as lid.176.bin (fasttext.cc/docs/en/language-identification.html) there, or leave "
             f"clean.language out."
         )
-    fasttext = _needed("fasttext", "clean.language")
+    fasttext = _needed("fasttext", "clean.language", "fasttext-numpy2-wheel")
     try:
         model = fasttext.load_model(config.model)
     except Exception as error:  # fasttext raises ValueError for any file that is not a model

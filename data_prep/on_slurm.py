@@ -80,7 +80,8 @@ class Slurm:
         page = folder / "job.sbatch"
         page.write_text(self._script(folder, units[0].stage.name, len(shares)), encoding="utf-8")
         job = slurm.submit(str(page))
-        (home / "job").write_text(job, encoding="ascii")
+        (folder / "job").write_text(job, encoding="ascii")
+        (folder / "job").rename(home / "job")
         log.get().info(
             "%s: job %s of %d tasks is submitted; logs are in %s",
             units[0].stage.name,

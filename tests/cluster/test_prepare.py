@@ -1,12 +1,13 @@
 """Data through a real Slurm: the bytes of a local run, and every failed task ends the command and is named."""
 
 import json
-import os
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -138,8 +139,9 @@ def test_what_a_killed_command_left_in_the_queue_is_cancelled_by_the_next(place:
     page = place.folder / "orphan/slurm/job"
     wait(page.exists, "the job to be submitted")
     first = page.read_text()
-    for pid in (process.pid, *_children(process.pid)):
-        os.kill(pid, 9)
+    for found in (*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)):
+        with suppress(psutil.NoSuchProcess):  # it asks Slurm by short commands
+            found.kill()
     process.wait()
     command = [sys.executable, "-m", "tests.unit.failing", "well", str(page.parents[1]), "{type: slurm}"]
     done = subprocess.run(
@@ -151,9 +153,3 @@ def test_what_a_killed_command_left_in_the_queue_is_cancelled_by_the_next(place:
     assert {path.name for path in (page.parents[1] / "stage").iterdir()} == {
         name for n in range(5) for name in (f"{n:05d}", f"{n:05d}.json")
     }
-
-
-def _children(pid: int) -> list[int]:
-    import psutil
-
-    return [child.pid for child in psutil.Process(pid).children(recursive=True)]

@@ -45,8 +45,9 @@ class Works:
 
 def units(folder: Path, how: str, count: int = 5, seconds: float = 0.0) -> list[Unit]:
     """Of a stage in `folder`; number `BAD` fails."""
+    bad = Works(how, 0.5 if how in ("killed", "exits 0") else 0.0)
     return [
-        Unit(folder / "stage", f"{n:05d}", "key", Works(how, 0.5) if n == BAD else Works("well", seconds))
+        Unit(folder / "stage", f"{n:05d}", "key", bad if n == BAD else Works("well", seconds))
         for n in range(count)
     ]
 

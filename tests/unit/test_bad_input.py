@@ -42,7 +42,7 @@ def test_names_of_special_tokens_in_text_stay_text(tmp_path: Path) -> None:
     assert all_texts(data) == sorted([*TEXTS, SPECIAL])
 
 
-@pytest.mark.parametrize("fast", [True, False])
+@pytest.mark.parametrize("fast", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_a_vocabulary_beyond_16_bits_has_wide_shards(tmp_path: Path, fast: bool) -> None:
     path = write_jsonl(tmp_path / "a.jsonl", [*TEXTS, SPECIAL])
     sources = [{"type": "jsonl", "paths": [str(path)]}]
@@ -135,7 +135,7 @@ def test_a_full_disk_is_said_and_leaves_nothing_half_written(
         assert [found.name for found in (disk / f"{PREPARED}.stages" / "text").iterdir()] == []
 
 
-@pytest.mark.parametrize("staged", [False, True])
+@pytest.mark.parametrize("staged", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_any_flipped_byte_of_the_manifest_is_named(tmp_path: Path, staged: bool) -> None:
     path = write_jsonl(tmp_path / "a.jsonl")
     data = prepared(tmp_path, [{"type": "jsonl", "paths": [str(path)]}], **(HERE if staged else {}))

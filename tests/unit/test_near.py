@@ -1,7 +1,9 @@
 """Nearly equal documents are found as often as theory says, and every copy of short and unspaced texts."""
 
 import random
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -143,3 +145,41 @@ def test_each_rule_drops_what_it_is_for_and_keeps_prose(rule: str, text: str, re
 def test_languages_need_a_model_that_is_there() -> None:
     with pytest.raises(DataError, match=r"lid\.176\.bin.*leave clean\.language out"):
         cleaner(Clean.model_validate({"language": {"keep": ["en"], "model": "no/such.bin"}}))
+
+
+class _FakeModel:
+    """Says ja of a text with kana, and en of any other, as sure as its words are many."""
+
+    def predict(self, text: str, k: int) -> tuple[tuple[str, ...], tuple[float, ...]]:
+        assert "\n" not in text  # fastText raises
+        label = "ja" if any("\u3040" <= letter <= "\u30ff" for letter in text) else "en"
+        return (f"__label__{label}",), (min(1.0, len(text.split()) / 4),)
+
+
+def test_documents_of_other_languages_are_dropped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tmp_path / "lid.bin"
+    model.write_bytes(b"a model")
+
+    def load_model(path: str) -> _FakeModel:
+        if Path(path).read_bytes() != b"a model":
+            raise ValueError("it has wrong file format!")
+        return _FakeModel()
+
+    monkeypatch.setitem(sys.modules, "fasttext", SimpleNamespace(load_model=load_model))
+    config = Clean.model_validate({"normalise": False, "language": {"keep": ["en"], "model": str(model)}})
+    clean = cleaner(config)
+    texts = ["four words\nof English", "ねこ が います よ", "too short"]
+    kept = [clean(Document(text, len(text.encode()))) for text in texts]
+    assert [getattr(item, "reason", "kept") for item in kept] == [
+        "kept",
+        "another language",
+        "another language",
+    ]
+    model.write_bytes(b"something else")
+    with pytest.raises(DataError, match="fastText cannot load this model"):
+        cleaner(config)
+    monkeypatch.setitem(sys.modules, "fasttext", None)
+    with pytest.raises(
+        DataError, match=r"clean\.language needs fasttext, .* pip install fasttext-numpy2-wheel"
+    ):
+        cleaner(config)

@@ -83,7 +83,9 @@ def test_more_parts_than_an_array_may_have_are_one_array_and_each_is_done_once(
     assert fake.count("sbatch") == 1
 
 
-@pytest.mark.parametrize("state", ["FAILED", "COMPLETED", "OUT_OF_MEMORY"])
+@pytest.mark.parametrize(
+    "state", ["FAILED", "COMPLETED", pytest.param("OUT_OF_MEMORY", marks=pytest.mark.slow)]
+)
 def test_a_part_that_fails_among_more_than_an_array_may_have_stops_the_stage(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, state: str
 ) -> None:

@@ -55,8 +55,10 @@ def _archive(path: Path, texts: list[bytes]) -> Path:
     return write_text(path, writer.get_contents())
 
 
-@pytest.mark.parametrize("staged", [False, True])
-@pytest.mark.parametrize("suffix", ["", ".gz", ".zst"])
+@pytest.mark.parametrize(
+    ("suffix", "staged"),
+    [(".gz", True), *(pytest.param(suffix, False, marks=pytest.mark.slow) for suffix in ("", ".gz", ".zst"))],
+)
 def test_plain_text_is_kept_and_the_rest_counted(tmp_path: Path, suffix: str, staged: bool) -> None:
     path = _archive(tmp_path / f"a.warc{suffix}", [*map(str.encode, TEXTS), b"", b"\xff"])
     settings = {"executor": {"workers": 1}} if staged else {}
@@ -82,6 +84,7 @@ def test_a_cut_archive_is_said(tmp_path: Path, suffix: str, keep: float) -> None
     assert not (tmp_path / PREPARED).exists()
 
 
+@pytest.mark.slow
 def test_wherever_an_archive_is_cut_within_a_record_it_is_said(tmp_path: Path) -> None:
     path = _archive(tmp_path / "a.warc", [b"one", b"two"])
     whole, silent = path.read_bytes(), []
