@@ -88,7 +88,7 @@ class Attendance:
             self._show()
             if len(reports) == self.plan.num_nodes and all(report.ended for report in reports):
                 return judge(reports, {}, limits)
-            verdict = judge(reports, silent, limits)
+            verdict = judge(reports, silent, limits if stopping_since is None else limits.while_stopping())
             if verdict is not None:
                 return self._examine(verdict) if verdict.outcome == "hung" else verdict
             now = time.monotonic()

@@ -1,7 +1,5 @@
 """However a launched run ends, nothing of it is left; and with fewer nodes, or more again, it goes on by itself."""
 
-import signal
-import subprocess
 from collections.abc import Callable
 
 import pytest
@@ -41,24 +39,6 @@ def test_no_process_of_a_job_is_left_ten_seconds_after_its_end(
     wait(lambda: place.survivors(run) == [], "every process of the run to end", 10)
     assert not place.files(run).done.exists()
     whole(place)
-
-
-@pytest.mark.parametrize("kind", ["pdsh", "ssh"])
-def test_one_run_may_be_killed_and_another_on_the_same_hosts_goes_on(kind: str, place: Place) -> None:
-    expected = place.losses(undisturbed(place, 40))
-    one, other = f"runs/struck-{kind}", f"runs/spared-{kind}"
-    processes: list[subprocess.Popen[str]] = []
-    for run, steps in ((one, 100000), (other, 40)):
-        processes.append(place.start(run, kind, *LIMITS, f"train.steps={steps}"))
-    wait(lambda: place.step(one) >= 2, "the first to train")
-    for process in place.survivors(one):
-        if "launch" in process.cmdline():  # the supervisor, and nsenter before it
-            process.send_signal(signal.SIGKILL)
-    assert processes[0].wait(timeout=30) != 0
-    wait(lambda: place.survivors(one) == [], "every process of the first to end", 10)
-    assert processes[1].wait(timeout=400) == 0
-    assert place.losses(other) == expected
-    assert [attempt.outcome for attempt in place.attempts(other)] == ["done"]
 
 
 def test_a_run_comes_back_on_fewer_nodes_and_then_on_more_with_the_same_batch(place: Place) -> None:

@@ -10,11 +10,12 @@ from click.testing import CliRunner, Result
 
 from launch import heir, slurm
 from launch.drain import DrainWatch
-from launch.folder import Attempt, LaunchFolder, Limits, Plan, read, write
+from launch.folder import Attempt, LaunchFolder, Limits, NodeReport, Plan, RankReport, read, write
 from launch.layout import refit
 from launch.look import story
 from launch.slurm import Job, Request, SlurmSilentError, script
 from launch.supervise import Supervisor
+from launch.verdict import judge
 from moe.cli import turnout
 from moe.errors import LaunchError
 
@@ -236,6 +237,13 @@ def test_one_agent_alone_queues_a_run_anew_whose_supervisor_is_gone(
     assert f"sbatch --parsable --exclude=a,c {folder.home}/job.sbatch" in said
     assert [line for line in said if "scancel" in line] == ["scancel 5"]
     assert read(folder.home / "job.json") == {"job": "6"}
+
+
+def test_a_rank_that_was_asked_to_stop_may_take_long_to_leave() -> None:
+    limits = Limits(hang_seconds=8.0, save_seconds=60.0)
+    leaving = NodeReport(0, "n1", 1, (RankReport(0, 1, step=3, beats=4, still_seconds=20.0),))
+    assert judge([leaving], {}, limits) is not None
+    assert judge([leaving], {}, limits.while_stopping()) is None
 
 
 def test_limits_of_earlier_plans_are_read(folder: LaunchFolder) -> None:
