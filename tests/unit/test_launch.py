@@ -403,6 +403,12 @@ def test_a_doctor_names_the_device_that_computes_wrongly_or_slowly() -> None:
     ]
 
 
+def test_a_device_is_slow_only_if_it_is_twice_and_wrong_if_it_is_once() -> None:
+    first = {"a": {"gpu": [700.0, 0.0, 90.0], "nccl": "2.29"}}
+    again = {"a": {"gpu": [100.0, 690.0, 80.0], "nccl": "2.29"}}
+    assert diagnosis.better(first, again) == {"a": {"gpu": [700.0, 0.0, 90.0], "nccl": "2.29"}}
+
+
 def test_a_doctor_finds_who_is_behind_closed_doors() -> None:
     assert diagnosis.doors({"a": ["c"], "b": ["c"], "c": []}) == [
         Finding("c", "no connection between it and a, b")
