@@ -433,7 +433,7 @@ def test_a_doctor_names_both_ends_of_one_slow_link_and_what_is_less_than_wanted(
 @pytest.mark.parametrize(
     ("state", "free", "out"),
     [("idle", True, False), ("mixed", True, False), ("allocated", False, False), ("down*", False, True),
-     ("drained", False, True), ("idle*", False, True), ("idle~", True, False)],
+     ("drained", False, True), ("idle*", False, True), ("idle~", True, False), ("completing", True, False)],
 )  # fmt: skip
 def test_a_node_that_slurm_has_out_is_told_from_one_that_is_busy(state: str, free: bool, out: bool) -> None:
     assert (Node(state, "").is_free, Node(state, "").is_out) == (free, out)
