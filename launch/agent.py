@@ -22,62 +22,14 @@ from types import FrameType
 
 from launch import heir, procfs, surroundings
 from launch.container import without_the_hosts
-from launch.folder import LaunchFolder, NodeReport, Plan, RankReport, read, write
+from launch.folder import LaunchFolder, NodeReport, Plan, read, write
+from launch.rank import Rank
 from moe.attempt import BEAT, OWNER, STACKS
 from moe.errors import EXIT_STOPPED, LaunchError, clean_exit
 
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 0.5
 _MEETING_SECONDS = 120.0
-
-
-@dataclass
-class _Rank:
-    """A process of ours, and what we know of it."""
-
-    rank: int
-    process: "subprocess.Popen[bytes]"
-    beat: Path
-    stacks: Path
-    last_beat: float
-    step: int | None = None
-    beats: int = 0
-    works: float = 0.0
-    waits: float = 0.0
-    died: float | None = None
-    told: bool = False
-    asked_for_stack: bool = False
-
-    def look(self) -> None:
-        now = time.monotonic()
-        with suppress(OSError, ValueError):
-            numbers = self.beat.read_text().split()
-            step, beats = (int(number) for number in numbers[:2])
-            self.works, self.waits = (float(number) for number in numbers[2:])
-            if beats != self.beats:
-                self.step, self.beats, self.last_beat = step, beats, now
-        if self.died is None and self.process.poll() is not None:
-            self.died = now
-
-    def report(self) -> RankReport:
-        now = time.monotonic()
-        stack = None
-        if self.asked_for_stack:
-            with suppress(OSError):
-                stack = self.stacks.read_text(errors="replace")[-20_000:]
-        return RankReport(
-            rank=self.rank,
-            pid=self.process.pid,
-            step=self.step,
-            beats=self.beats,
-            works=self.works,
-            waits=self.waits,
-            still_seconds=round(now - self.last_beat, 1),
-            code=self.process.returncode,
-            seconds_dead=0.0 if self.died is None else round(now - self.died, 2),
-            stopped=self.died is None and procfs.status(self.process.pid, "State:").startswith(("T", "t")),
-            stack=stack,
-        )
 
 
 @dataclass
@@ -90,7 +42,7 @@ class Agent:
     node: int
     host: str
     scratch: Path
-    ranks: list[_Rank] = field(default_factory=list)
+    ranks: list[Rank] = field(default_factory=list)
     asked: str | None = None
     count: int = 0
 
@@ -105,7 +57,7 @@ class Agent:
             self._watch()
         finally:
             for rank in self.ranks:
-                _end(rank)
+                rank.end()
             self._report(ended=True)
         self._look_after_run()
         codes = {rank.process.returncode for rank in self.ranks}
@@ -136,7 +88,14 @@ class Agent:
             }
             with self.folder.log(self.number, rank).open("ab") as log:
                 process = subprocess.Popen(
-                    [sys.executable, "-u", "-m", "moe.train", str(self.folder.recipe), *attempt.overrides],
+                    [
+                        self.plan.python_of_ranks,
+                        "-u",
+                        "-m",
+                        "moe.train",
+                        str(self.folder.recipe),
+                        *attempt.overrides,
+                    ],
                     cwd=self.plan.working_folder,
                     env=environment(self.plan) | {name: str(value) for name, value in told.items()},
                     stdin=subprocess.DEVNULL,
@@ -145,7 +104,7 @@ class Agent:
                     start_new_session=True,
                     preexec_fn=procfs.die_with_parent,
                 )
-            self.ranks.append(_Rank(rank, process, beat, stacks, time.monotonic()))
+            self.ranks.append(Rank(rank, process, beat, stacks, time.monotonic()))
         if self.node == 0:
             surroundings.record_beside(self.folder, self.plan, attempt, environment(self.plan))
 
@@ -180,10 +139,10 @@ class Agent:
             order = self._orders()
             if order == "stacks":
                 for rank in self.ranks:
-                    _ask_for_stack(rank)
+                    rank.ask_for_stack()
             if order == "stop" or self.asked in ("SIGTERM", "SIGINT"):
                 for rank in self.ranks:
-                    _ask_to_stop(rank)
+                    rank.ask_to_stop()
             if (
                 order == "stacks"
                 or now - said > _REPORT_SECONDS
@@ -231,29 +190,6 @@ def environment(plan: Plan) -> dict[str, str]:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     env.setdefault("OMP_NUM_THREADS", str(max(1, cores // plan.ranks_per_node)))
     return env
-
-
-def _ask_to_stop(rank: _Rank) -> None:
-    """Once it can hear it: earlier, SIGTERM would end it unsaved, and its peers with it."""
-    if not rank.told and rank.died is None and procfs.catches(rank.process.pid, signal.SIGTERM):
-        with suppress(ProcessLookupError):
-            rank.process.send_signal(signal.SIGTERM)
-        rank.told = True
-
-
-def _ask_for_stack(rank: _Rank) -> None:
-    if not rank.asked_for_stack and rank.died is None and procfs.catches(rank.process.pid, signal.SIGUSR2):
-        with suppress(ProcessLookupError):
-            rank.process.send_signal(signal.SIGUSR2)
-        rank.asked_for_stack = True
-
-
-def _end(rank: _Rank) -> None:
-    """Kill the rank and what it started; its session is its own."""
-    with suppress(ProcessLookupError, PermissionError):
-        os.killpg(rank.process.pid, signal.SIGKILL)
-    rank.process.wait()
-    rank.look()
 
 
 def _text(path: Path) -> str | None:

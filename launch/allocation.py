@@ -28,7 +28,7 @@ class Node:
 
     @property
     def is_free(self) -> bool:
-        return self._state in ("idle", "mixed")
+        return self._state in ("idle", "mixed", "completing")  # which is over soon
 
 
 def nodes(place: Place) -> dict[str, Node]:

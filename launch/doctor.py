@@ -200,6 +200,8 @@ def _look(found: Examination, folder: Path, ports: Sequence[int], wanted: Wanted
 def _try(found: Examination, wanted: Wanted) -> None:
     """How fast they compute, whether they reach each other, and how fast."""
     found.computing = found.ask("compute")
+    if diagnosis.computing(found.computing):  # accused only of what it does twice: others may have been busy
+        found.computing = diagnosis.better(found.computing, found.ask("compute"))
     found.findings += diagnosis.computing(found.computing)
     if len(found.visits) < 2:
         return
@@ -208,7 +210,7 @@ def _try(found: Examination, wanted: Wanted) -> None:
     found.findings += closed
     shut = {finding.host for finding in closed}
     found.visits = [visit for visit in found.visits if visit.host not in shut]
-    for _ in range(2):  # a host is accused only of what it does twice: others may have been busy
+    for _ in range(2):  # likewise
         if len(found.visits) < 2 or not _measure(found):
             return
         slow = diagnosis.speeds([visit.host for visit in found.visits], found.by_pair, wanted)

@@ -78,6 +78,11 @@ class Plan:
     def world_size(self) -> int:
         return self.num_nodes * self.ranks_per_node
 
+    @property
+    def python_of_ranks(self) -> str:
+        """In the image, if there is one."""
+        return self.python if self.container is None else self.container.python
+
     def sized(self, attempt: "Attempt") -> "Plan":
         """The plan with as many nodes as the attempt has."""
         return replace(self, num_nodes=len(attempt.nodes))

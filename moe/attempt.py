@@ -26,6 +26,7 @@ WAITING = ("torch/distributed/", "deepspeed/comm/", "moe/sparse/collectives.py")
 """Parts of the paths of the files in which a thread waits for other ranks."""
 _INNERMOST = 4
 _SAMPLE_SECONDS = 0.05
+_LATE = 1.5
 _HALF_LIFE_SECONDS = 60.0
 
 
@@ -106,8 +107,10 @@ class Pace:
     def sample(self, frame: FrameType | None, seconds: float) -> None:
         """The main thread stands in `frame`, `seconds` after the last sample."""
         keep, waits = 0.5 ** (seconds / _HALF_LIFE_SECONDS), _waits(frame)
-        self._works = self._works * keep + seconds * (not waits)
-        self._waits = self._waits * keep + seconds * waits
+        # A process that is late to look was not let run: halted, or short of cores. Its peers waited for it meanwhile.
+        late = max(0.0, seconds - _LATE * _SAMPLE_SECONDS)
+        self._works = self._works * keep + (late if waits else seconds)
+        self._waits = self._waits * keep + (seconds - late if waits else 0.0)
         self._steps = self._steps * keep + max(0, self.count - self._seen)
         self._seen = max(self.count, self._seen)
         if self._steps:

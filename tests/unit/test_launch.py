@@ -404,6 +404,12 @@ def test_a_doctor_names_the_device_that_computes_wrongly_or_slowly() -> None:
     ]
 
 
+def test_a_device_is_slow_only_if_it_is_twice_and_wrong_if_it_is_once() -> None:
+    first = {"a": {"gpu": [700.0, 0.0, 90.0], "nccl": "2.29"}}
+    again = {"a": {"gpu": [100.0, 690.0, 80.0], "nccl": "2.29"}}
+    assert diagnosis.better(first, again) == {"a": {"gpu": [700.0, 0.0, 90.0], "nccl": "2.29"}}
+
+
 def test_a_doctor_finds_who_is_behind_closed_doors() -> None:
     assert diagnosis.doors({"a": ["c"], "b": ["c"], "c": []}) == [
         Finding("c", "no connection between it and a, b")
@@ -428,7 +434,7 @@ def test_a_doctor_names_both_ends_of_one_slow_link_and_what_is_less_than_wanted(
 @pytest.mark.parametrize(
     ("state", "free", "out"),
     [("idle", True, False), ("mixed", True, False), ("allocated", False, False), ("down*", False, True),
-     ("drained", False, True), ("idle*", False, True), ("idle~", True, False)],
+     ("drained", False, True), ("idle*", False, True), ("idle~", True, False), ("completing", True, False)],
 )  # fmt: skip
 def test_a_node_that_slurm_has_out_is_told_from_one_that_is_busy(state: str, free: bool, out: bool) -> None:
     assert (Node(state, "").is_free, Node(state, "").is_out) == (free, out)
