@@ -14,7 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
@@ -27,16 +27,23 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from data_prep import peers, vocabulary
-from data_prep.documents import Document, Source, from_bytes
+from data_prep import corpus, peers, vocabulary
 from data_prep.encoder import Encoder
-from data_prep.recipe import BpeTokenizer, ExistingTokenizer
+from data_prep.recipe import ExistingTokenizer
 from moe import log
 from moe.errors import DataError, clean_exit
 
-_KINDS = {".py", ".md", ".rst", ".txt"}
-_SLOW_SHARE = 10
-_LIBRARIES = ("gigatoken", "tokenizers", "datasets", "datatrove", "rensa", "spacy", "pyarrow", "numpy")
+_LIBRARIES = (
+    "gigatoken",
+    "tokenizers",
+    "datasets",
+    "datatrove",
+    "rensa",
+    "spacy",
+    "megatron-core",
+    "pyarrow",
+    "numpy",
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +78,7 @@ ENCODE = {
     "raw loop, gigatoken": Contender(peers.raw_fast, ("gigatoken",)),
     "turnout prepare, without gigatoken": Contender(partial(_turnout, fast=False), is_slow=True),
     "raw loop, encode_batch_fast": Contender(peers.raw_reference, (), is_slow=True),
+    "Megatron-Core, its writer and a pool": Contender(peers.megatron, ("megatron",), is_slow=True),
     "datasets.map": Contender(peers.datasets_map, ("datasets",), is_slow=True),
     "datatrove, DocumentTokenizer": Contender(peers.datatrove_tokens, ("datatrove", "orjson"), is_slow=True),
 }
@@ -123,8 +131,8 @@ def agree(megabytes: int, text: Path | None) -> None:
     """Count the tokens in which gigatoken and `tokenizers` agree; stop at the first in which they do not."""
     log.setup()
     with clean_exit(), tempfile.TemporaryDirectory() as place:
-        files = _corpus(Path(place), text or Path(sysconfig.get_path("purelib")), megabytes, 1)
-        folder = _tokenizer(Path(place), files)
+        files = corpus.make(Path(place), text or Path(sysconfig.get_path("purelib")), megabytes, 1)
+        folder = corpus.tokenizer(Path(place), files)
         known = vocabulary.load(ExistingTokenizer(type="file", path=str(folder)))
         ways = Encoder(known), Encoder(known, fast=False)
         if ways[0].name == ways[1].name:
@@ -161,8 +169,26 @@ def one(name: str, tokenizer: Path, folder: Path, workers: int, files: tuple[Pat
     figures = {
         "wall": wall,
         "cpu": sum(use.ru_utime + use.ru_stime for use in uses),
+        "peak": max(_peak_bytes(), uses[1].ru_maxrss << 10),
     }
     click.echo(json.dumps(figures))
+
+
+@command.command()
+@click.option("--megabytes", type=click.IntRange(1), default=40, show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
+@click.option("--text", type=click.Path(path_type=Path), help="A folder of text instead.")
+def memory(megabytes: int, workers: int, text: Path | None) -> None:
+    """The most memory that a process of `turnout prepare` holds, for so much text and for 8 times as much."""
+    log.setup()
+    with clean_exit(), tempfile.TemporaryDirectory() as place:
+        for times in (1, 8):
+            here = Path(place) / str(times)
+            here.mkdir()
+            files = corpus.make(here, text or Path(sysconfig.get_path("purelib")), times * megabytes, workers)
+            found = _child(next(iter(ENCODE)), corpus.tokenizer(here, files), here / "made", workers, files)
+            size = corpus.num_bytes(files) / 1e6
+            click.echo(f"{size:7.0f} MB of text: {found['peak'] / 2**20:6.0f} MiB, {found['wall']:.1f} s")
 
 
 def _bench(
@@ -175,8 +201,8 @@ def _bench(
 ) -> None:
     log.setup()
     with clean_exit(), tempfile.TemporaryDirectory() as place:
-        files = _corpus(Path(place), text or Path(sysconfig.get_path("purelib")), megabytes, workers)
-        tokenizer = _tokenizer(Path(place), files)
+        files = corpus.make(Path(place), text or Path(sysconfig.get_path("purelib")), megabytes, workers)
+        tokenizer = corpus.tokenizer(Path(place), files)
         here = {
             name: contender
             for name, contender in contenders.items()
@@ -187,7 +213,7 @@ def _bench(
             for place_of, (name, contender) in enumerate(here.items()):
                 mine = files[:workers] if contender.is_slow else files
                 found = _child(name, tokenizer, Path(place) / f"{number}-{place_of}", workers, mine)
-                size = sum(path.stat().st_size for path in _texts(mine)) / 1e6
+                size = corpus.num_bytes(mine) / 1e6
                 runs[name].append({**found, "MB": size})
                 log.get().info("round %d, %s: %.1f MB in %.1f s", number + 1, name, size, found["wall"])
     figures = {
@@ -202,6 +228,12 @@ def _bench(
     _print(figures)
     if page:
         page.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _peak_bytes() -> int:
+    """Of this process; what the system says of its children is right, what it says of itself is its parent's too."""
+    lines = Path("/proc/self/status").read_text().splitlines() if sys.platform == "linux" else []
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:")), 0)
 
 
 def _medians(runs: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -237,50 +269,6 @@ def _child(name: str, tokenizer: Path, folder: Path, workers: int, files: Sequen
         raise DataError(f"{name} failed: {done.stderr[-1500:]}")
     found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
     return found
-
-
-def _corpus(place: Path, root: Path, megabytes: int, workers: int) -> list[Path]:
-    """JSON lines of equal text in ten files a worker; their texts beside them tell the size."""
-    count = workers * _SLOW_SHARE
-    files = [place / f"{number:02d}.jsonl" for number in range(count)]
-    sizes = [0] * count
-    pages = [path.open("w", encoding="utf-8") for path in files]
-    left = megabytes * 10**6
-    for text in _read(root):
-        number = sizes.index(min(sizes))
-        pages[number].write(json.dumps({"text": text.text}) + "\n")
-        sizes[number] += text.num_bytes
-        left -= text.num_bytes
-        if left <= 0:
-            break
-    for page, path, size in zip(pages, files, sizes, strict=True):
-        page.close()
-        with _texts([path])[0].open("wb") as file:
-            file.truncate(size)
-    if left > 0:
-        log.get().warning("%s holds only %d MB of text", root, megabytes - left // 10**6)
-    return files
-
-
-def _texts(files: Sequence[Path]) -> list[Path]:
-    return [path.with_suffix(".size") for path in files]
-
-
-def _read(root: Path) -> Iterator[Document]:
-    for path in sorted(root.rglob("*")):
-        if path.suffix in _KINDS and path.is_file():
-            found = from_bytes(path.read_bytes())
-            if isinstance(found, Document):
-                yield found
-
-
-def _tokenizer(place: Path, files: Sequence[Path]) -> Path:
-    """Of 32,000 tokens, trained on a part of the text."""
-    texts = (text for path in files for batch in peers.lines(path) for text in batch)
-    source = Source("sample", (), lambda: (Document(text, len(text.encode())) for text in texts))
-    config = BpeTokenizer(type="bpe", vocab_size=32_000, sample_megabytes=20, min_frequency=1)
-    vocabulary.train(config, [source]).save(place / "tokenizer")
-    return place / "tokenizer"
 
 
 def _version(name: str) -> str | None:

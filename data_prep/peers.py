@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Iterator, Sequence
-from functools import partial
+from functools import cache, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -74,6 +74,37 @@ def datasets_map(files: Sequence[Path], tokenizer: Path, folder: Path, workers: 
         num_proc=workers,
         remove_columns=["text"],
     ).save_to_disk(str(folder / "arrow"))
+
+
+def megatron(files: Sequence[Path], tokenizer: Path, folder: Path, workers: int) -> None:
+    """A pool that encodes line by line and one process that writes, as tools/preprocess_data.py of Megatron-LM is made.
+
+    That script is in no package; its writer is, and writes here.
+    """
+    from megatron.core.datasets.indexed_dataset import DType, IndexedDatasetBuilder
+
+    dtype = DType.optimal_dtype(len(_stock(tokenizer)))
+    builder = IndexedDatasetBuilder(str(folder / "text_document.bin"), dtype=dtype)
+    with get_context("fork").Pool(workers) as pool:
+        for path in files:
+            with path.open(encoding="utf-8") as file:
+                for ids in pool.imap(partial(_encode_line, tokenizer=tokenizer), file, 32):
+                    builder.add_document(ids, [len(ids)])
+    builder.finalize(str(folder / "text_document.idx"))
+
+
+def _encode_line(line: str, tokenizer: Path) -> list[int]:
+    known = _stock(tokenizer)
+    ids: list[int] = known(json.loads(line)["text"])["input_ids"]
+    return [*ids, known.convert_tokens_to_ids(vocabulary.END_OF_TEXT)]
+
+
+@cache
+def _stock(tokenizer: Path) -> Any:
+    """Once a process."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer)
 
 
 def _datatrove(files: Sequence[Path], folder: Path, workers: int, *steps: Any) -> None:
