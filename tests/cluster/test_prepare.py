@@ -16,6 +16,8 @@ from tests.cluster.conftest import Place, wait
 from tests.unit.corpus import contents
 from tests.unit.failing import BAD
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+
 SECONDS = 60
 STAGED = {
     "name": "staged",
@@ -42,7 +44,6 @@ def _failing(place: Place, how: str, folder: str, config: str) -> "subprocess.Po
     )
 
 
-@pytest.mark.cluster
 def test_through_slurm_the_bytes_are_those_of_a_local_run(place: Place) -> None:
     _prepare(place, "here", "--executor", "local")
     said = _prepare(
