@@ -189,7 +189,7 @@ def test_a_crashed_node_is_replaced_by_a_spare(place: Place, expected: dict[int,
     place.cluster.machines.unplug("n2")
     place.cluster.machines.crash("n2")
     try:
-        wait(lambda: (place.folder / "runs/spare/done").exists(), "the run to be done")
+        wait(lambda: place.attempts("runs/spare")[-1].outcome == "done", "the run to be done")
         assert place.losses("runs/spare") == expected
         first, second = place.attempts("runs/spare")
         assert (first.outcome, first.nodes) == ("lost", ("n1", "n2"))
