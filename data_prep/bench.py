@@ -147,7 +147,8 @@ def agree(megabytes: int, text: Path | None) -> None:
                     np.array_equal(one.ids_N, other.ids_N) and np.array_equal(one.lengths_D, other.lengths_D)
                 ):
                     raise DataError(
-                        f"{ways[0].name} and {ways[1].name} differ after {tokens:,} equal tokens."
+                        f"{ways[0].name} and {ways[1].name} differ in one of {len(batch)} documents after {tokens:,} "
+                        f"equal tokens: {_different(batch, ways)!r:.200}. Set tokenizer.fast=false for such text."
                     )
                 tokens, documents = tokens + len(one.ids_N), documents + len(batch)
         click.echo(f"{ways[0].name} = {ways[1].name}: {tokens:,} tokens of {documents:,} documents")
@@ -228,6 +229,14 @@ def _bench(
     _print(figures)
     if page:
         page.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
+
+
+def _different(texts: Sequence[str], ways: Sequence[Encoder]) -> str:
+    """The first text of which they make different tokens."""
+    made = ([way.encode([text.encode()]).ids_N for way in ways] for text in texts)
+    return next(
+        text for text, (one, other) in zip(texts, made, strict=True) if not np.array_equal(one, other)
+    )
 
 
 def _peak_bytes() -> int:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_prep import encoder, vocabulary
-from data_prep.documents import Document
+from data_prep.documents import Document, Source
 from data_prep.encoder import Encoder
 from data_prep.recipe import BpeTokenizer
 from data_prep.stdlib import stdlib
@@ -56,6 +56,19 @@ def test_real_text_has_the_ids_of_tokenizers(trained: Vocabulary, fast: Encoder)
     texts = [item.text for item in stdlib().items() if isinstance(item, Document)][::8]
     assert sum(map(len, texts)) > 1_000_000
     assert _rows(fast, texts) == trained.encode(texts)
+
+
+def test_characters_that_only_one_library_takes_for_letters_have_the_ids_of_tokenizers() -> None:
+    text = ' "\ua7cf",' * 50
+    source = Source("young", (), lambda: iter([Document(text, len(text.encode()))]))
+    config = BpeTokenizer(type="bpe", vocab_size=264, sample_megabytes=1, min_frequency=1)
+    young = vocabulary.train(config, [source])
+    found = Encoder(young)
+    assert found.name == "gigatoken"
+    assert found._fast is not None
+    (theirs,) = young.encode([text])
+    assert [*found._fast.encode(text.encode()).tolist(), young.eos_id] != theirs, "it sees it otherwise"
+    assert _rows(found, [text, "a"]) == young.encode([text, "a"])
 
 
 def test_names_of_special_tokens_in_a_text_are_text(trained: Vocabulary, fast: Encoder) -> None:
