@@ -23,6 +23,7 @@ from moe import log
 from moe.data.shards import token_dtype
 from moe.errors import DataError
 
+_ASCII = bytes(range(128))
 _SHARE = 512
 _LONGEST_CHECKED = 20_000
 _PROBES = (
@@ -109,7 +110,8 @@ def _is_young(text: bytes) -> bool:
     """
     if text.isascii():
         return False
-    codes_C = np.frombuffer(text.decode().encode("utf-32-le"), "<u4")
+    others = text.translate(None, _ASCII)  # bytes of one character stay together
+    codes_C = np.frombuffer(others.decode().encode("utf-32-le"), "<u4")
     return bool(_unassigned()[codes_C].any())
 
 
