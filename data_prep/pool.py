@@ -95,9 +95,8 @@ def _killed(unit: Unit) -> DataError:
 
 def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends us
-    atexit.register(
-        os._exit, 0
-    )  # to take all libraries apart costs a fifth of a second, and nothing waits for it
+    # To take all libraries apart costs a fifth of a second, and nothing waits for it.
+    atexit.register(os._exit, 0)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:

@@ -62,7 +62,7 @@ def run(
 
 
 def _end_with_parent() -> None:
-    """Ask the procfs to send SIGTERM when we are killed ourselves: the launcher then ends its ranks, which save."""
+    """Ask the kernel to send SIGTERM when we are killed ourselves: the launcher then ends its ranks, which save."""
     procfs.die_with_parent(signal.SIGTERM)
 
 

@@ -43,9 +43,8 @@ class Tape:
         for starts, lengths in tables:
             for start, length in zip(starts, lengths, strict=True):
                 stop, place = start + length, bisect_right(ends, start)
-                if (
-                    stop <= ends[place]
-                ):  # as a rule, and without a call that would cost as much as all the rest
+                # The rule comes first: a call would cost as much as all the rest.
+                if stop <= ends[place]:
                     parts.append(arrays[place][start - begins[place] : stop - begins[place]])
                 else:
                     parts += self.views(start, stop)

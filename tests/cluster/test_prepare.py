@@ -44,6 +44,15 @@ def _failing(place: Place, how: str, folder: str, config: str) -> "subprocess.Po
     )
 
 
+def _hanging(place: Place, folder: str, config: str) -> tuple["subprocess.Popen[str]", str]:
+    """The command, whose job runs, and the job's number."""
+    process = _failing(place, "hangs", folder, config)
+    page = place.folder / folder / "slurm/job"
+    wait(page.exists, "the job to be submitted")
+    wait(lambda: "R" in place.slurm("squeue", "--noheader", "--format=%t"), "it to run")
+    return process, page.read_text()
+
+
 def test_through_slurm_the_bytes_are_those_of_a_local_run(place: Place) -> None:
     _prepare(place, "here", "--executor", "local")
     said = _prepare(
@@ -84,11 +93,8 @@ def test_a_failed_task_ends_the_command_and_is_named(place: Place, how: str, wor
 
 @pytest.mark.cluster
 def test_a_cancelled_task_ends_the_command(place: Place) -> None:
-    process = _failing(place, "hangs", "bad-cancelled", "{type: slurm}")
-    page = place.folder / "bad-cancelled/slurm/job"
-    wait(page.exists, "the job to be submitted")
-    wait(lambda: "R" in place.slurm("squeue", "--noheader", "--format=%t"), "it to run")
-    place.slurm("scancel", f"{page.read_text()}_{BAD}")
+    process, job = _hanging(place, "bad-cancelled", "{type: slurm}")
+    place.slurm("scancel", f"{job}_{BAD}")
     began = time.monotonic()
     said = process.communicate(timeout=100)[0]
     assert time.monotonic() - began < SECONDS
@@ -123,11 +129,8 @@ def test_a_task_that_cannot_begin_ends_the_command(place: Place, settings: str, 
 
 @pytest.mark.cluster
 def test_slurms_time_limit_ends_the_command(place: Place) -> None:
-    process = _failing(place, "hangs", "bad-slow", "{type: slurm, task_minutes: 60, workers: 2}")
-    page = place.folder / "bad-slow/slurm/job"
-    wait(page.exists, "the job to be submitted")
-    wait(lambda: "R" in place.slurm("squeue", "--noheader", "--format=%t"), "it to run")
-    task = f"{page.read_text()}_{BAD % 2}"  # with two tasks in the array, every second part is its
+    process, job = _hanging(place, "bad-slow", "{type: slurm, task_minutes: 60, workers: 2}")
+    task = f"{job}_{BAD % 2}"  # with two tasks in the array, every second part is its
     place.slurm("scontrol", "update", f"JobId={task}", "TimeLimit=0:01")
     said = process.communicate(timeout=150)[0]
     assert (process.returncode, f"task {task} of Slurm failed: TIMEOUT" in said) == (2, True), said
