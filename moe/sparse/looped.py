@@ -84,7 +84,8 @@ class LoopedExperts(torch.autograd.Function):
                 both = desk.rows_of("gate_up", rows.gate_up)
             gate, up = both.chunk(2, dim=1)
             grad_out = desk.copies("out", grad_MD, rows.source)
-            activated = unit.activate(gate, desk.room("activated"))
+            sigmoid = desk.room("sigmoid") if desk.dtype.itemsize >= torch.float32.itemsize else None
+            activated = unit.activate(gate, desk.room("activated"), sigmoid)
             h = unit.scale(activated, up, desk.room("hidden"))
             grad_h = torch.mm(grad_out, desk.weight(down[e]), out=desk.room("grad_hidden"))
             product = torch.mul(grad_h, h, out=desk.room("product"))
@@ -94,7 +95,8 @@ class LoopedExperts(torch.autograd.Function):
                 rows.grad_weight.add_(torch.mv(grad_out, down_bias[e].to(grad_out.dtype)))
                 grad_down_bias[e] = torch.mv(grad_out.t(), rows.weight.squeeze(1))
             grad_both = desk.room("grad_gate_up")
-            unit.backward(gate, up, activated, grad_h.mul_(rows.weight), *grad_both.chunk(2, dim=1))
+            grad_gate, grad_up = grad_both.chunk(2, dim=1)
+            unit.backward(gate, up, activated, grad_h.mul_(rows.weight), grad_gate, grad_up, sigmoid)
             desk.product(grad_both.t(), x, out=grad_gate_up[e])
             if grad_gate_up_bias is not None:
                 grad_gate_up_bias[e] = grad_both.sum(0)

@@ -112,6 +112,25 @@ def test_the_loop_equals_the_formula(load: str, unit: str, bias: bool, recompute
     _compare(found, _run(_plainly, experts, LOADS[load]), 1e-12)
 
 
+@pytest.mark.parametrize("keeps_sigmoid", [False, True])
+@pytest.mark.parametrize("unit", [*UNITS.values(), GatedUnit(1.702, 1.0)])
+def test_the_units_gradient_is_right_for_near_and_far_gates(unit: GatedUnit, keeps_sigmoid: bool) -> None:
+    gate = torch.linspace(-95, 95, 1901).unsqueeze(0)
+    up, grad = (torch.randn(gate.shape, generator=torch.Generator().manual_seed(seed)) for seed in (1, 2))
+    leaves = [t.double().requires_grad_() for t in (gate, up)]
+    expected = unit(torch.cat(leaves, dim=1))
+    expected.backward(grad.double())
+
+    sigmoid = torch.empty_like(gate) if keeps_sigmoid else None
+    activated = unit.activate(gate, torch.empty_like(gate), sigmoid)
+    product = unit.scale(activated, up, torch.empty_like(gate))
+    grad_gate, grad_up = torch.empty_like(gate), torch.empty_like(gate)
+    unit.backward(gate, up, activated, grad.clone(), grad_gate, grad_up, sigmoid)
+    found = (product, grad_gate, grad_up)
+    for ours, exact in zip(found, (expected.detach(), *(leaf.grad for leaf in leaves)), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=2e-6)
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("unit", UNITS)
