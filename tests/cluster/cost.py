@@ -155,11 +155,11 @@ def _lost(attempts: Sequence[Attempt]) -> int:
     return sum(max(0, (one.last_step or 0) - after.from_step) for one, after in pairwise(attempts))
 
 
-def undisturbed(place: Place, steps: int) -> str:
-    """A run of so many steps on this machine alone; trained once."""
-    run = f"runs/undisturbed{steps}"
+def undisturbed(place: Place, steps: int, *overrides: str) -> str:
+    """A run of so many steps on this machine alone, with such overrides of the recipe; trained once."""
+    run = f"runs/undisturbed{'-'.join([str(steps), *overrides])}"
     if not (place.folder / run / "done").exists():
-        place.launch(run, "local", f"train.steps={steps}")
+        place.launch(run, "local", f"train.steps={steps}", *overrides)
     return run
 
 

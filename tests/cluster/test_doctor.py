@@ -197,14 +197,14 @@ def test_a_doctor_says_what_slurm_has_against_a_node(place: Place) -> None:
     assert said.endswith("leave out: n2\n")
 
 
-def test_a_full_file_system_is_no_fault_of_one_host(place: Place) -> None:
-    full = place.small / "full"
+def test_a_full_file_system_is_no_fault_of_one_host(place: Place, small: Path) -> None:
+    full = small / "full"
     full.touch()
-    os.posix_fallocate(descriptor := os.open(full, os.O_WRONLY), 0, shutil.disk_usage(place.small).free)
+    os.posix_fallocate(descriptor := os.open(full, os.O_WRONLY), 0, shutil.disk_usage(small).free)
     os.close(descriptor)
     try:
-        said = _ask(place, *WAYS["hosts"], "--folder", str(place.small), code=1)
+        said = _ask(place, *WAYS["hosts"], "--folder", str(small), code=1)
     finally:
         full.unlink()
-    assert f"all hosts: {place.small}: No space left on device" in said
+    assert f"all hosts: {small}: No space left on device" in said
     assert said.endswith("leave out none: mend what is wrong\n")
