@@ -20,7 +20,7 @@ from launch.folder import Attempt
 from launch.slurm import field
 from tests.cluster import faults
 from tests.cluster.conftest import Place, wait
-from tests.cluster.cost import LIMITS, a_place, give_up, to_the_end, undisturbed
+from tests.cluster.cost import LIMITS, a_place, give_up, lost, to_the_end, undisturbed
 
 _EARLY = 0.25
 """Of the stops, while the ranks boot."""
@@ -128,9 +128,15 @@ def faulty(attempt: Attempt, after: Attempt) -> str | None:
     """What is wrong with how an attempt was stopped and how the next went on, in words."""
     if attempt.outcome != "saved":
         return f"{attempt.outcome}: {attempt.cause}"
-    if (lost := (attempt.last_step or attempt.from_step) - after.from_step) != 0:
-        return f"{lost} steps lost"
+    if steps := lost([(attempt, after)]):
+        return f"{steps} steps lost"
     return None if after.job == attempt.job else f"no requeue, but job {after.job} after {attempt.job}"
+
+
+def requeues(place: Place, run: str) -> int:
+    """Of its last job, as Slurm counts them."""
+    page = place.slurm("scontrol", "--oneliner", "show", "job", place.job(run))
+    return int(field(page, "Restarts") or 0)
 
 
 @click.command()
@@ -152,14 +158,14 @@ def command(number: int, seed: int) -> None:
         for way, attempt, wrong in zip(ways, attempts, faults_seen, strict=False):
             steps = f"steps {attempt.from_step} to {attempt.last_step or attempt.from_step}"
             click.echo(f"{way}: {steps}, {attempt.cause}: {wrong or 'no step lost'}")
-        restarts = field(place.slurm("scontrol", "--oneliner", "show", "job", place.job(run)), "Restarts")
+        restarts = requeues(place, run)
         same = place.weights(run) == place.weights(expected)
     good = sum(wrong is None for wrong in faults_seen)
     click.echo(
         f"{number} stops; Slurm counts {restarts} requeues of one job; {good} of {len(faults_seen)} lost no step; "
         f"{'the right weights' if same else 'OTHER WEIGHTS'}"
     )
-    sys.exit(0 if same and (good, restarts, len(attempts)) == (number, str(number), number + 1) else 1)
+    sys.exit(0 if same and (good, restarts, len(attempts)) == (number, number, number + 1) else 1)
 
 
 if __name__ == "__main__":
