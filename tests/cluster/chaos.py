@@ -22,7 +22,7 @@ from launch.folder import fruitless
 from launch.testbed.machines import CONTROLLER
 from tests.cluster import faults
 from tests.cluster.conftest import Place, wait
-from tests.cluster.cost import EVERY, LIMITS, a_place, give_up, lost, to_the_end, undisturbed
+from tests.cluster.cost import LIMITS, a_place, give_up, is_given_up, lost, to_the_end, undisturbed
 
 _STEPS = 80
 _A_RUN = 4
@@ -92,13 +92,10 @@ def disturbed(place: Place, run: str, most: int, dice: random.Random, struck: li
 
 
 def _moment(place: Place, run: str, early: bool, seconds: float, steps: int) -> bool:
-    """Wait for the moment to strike; False: the run is done first.
+    """Wait for the moment to strike; False: the run ends first.
 
     After two attempts in a row without a new checkpoint, for one: a third would be the last, as it should.
     """
-    known = [attempt for attempt in place.attempts(run) if attempt.outcome is not None]
-    if fruitless(known) >= 2:
-        early, steps = False, EVERY + 3
 
     def ready() -> bool:
         attempt = next(iter(place.attempts(run)[-1:]), None)
@@ -107,13 +104,17 @@ def _moment(place: Place, run: str, early: bool, seconds: float, steps: int) -> 
         ranks = [rank for report in place.files(run).reports(attempt.number) for rank in report.ranks]
         if len(ranks) < 4 or any(rank.code is not None for rank in ranks):
             return False
+        if fruitless(place.attempts(run)[:-1]) >= 2:
+            return place.files(run).newest_step() > attempt.from_step
         if early:
             return min(rank.still_seconds for rank in ranks) >= seconds or any(rank.beats for rank in ranks)
         return min(rank.step or 0 for rank in ranks) >= min(attempt.from_step + steps, _STEPS - 3)
 
-    done = place.folder / run / "done"
-    wait(lambda: done.exists() or ready(), "a moment to strike")
-    return not done.exists()
+    def over() -> bool:
+        return (place.folder / run / "done").exists() or is_given_up(place, run)
+
+    wait(lambda: over() or ready(), "a moment to strike")
+    return not over()
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from tests.cluster.conftest import DATA, RECIPE, Place, wait
 
 STEPS, EVERY = 40, 10
 """Of a run, and between its checkpoints."""
-LIMITS = ("--lease", "5", "--hang-limit", "8", "--agent-limit", "15")
+LIMITS = ("--lease", "5", "--hang-limit", "8", "--agent-limit", "15", "--boot-limit", "60")
 _POLL_SECONDS = 0.02
 _LEFT_SECONDS = 10.0
 
@@ -138,9 +138,15 @@ def suffer(place: Place, run: str, fault: Fault) -> Cost:
 
 def to_the_end(place: Place, run: str) -> None:
     """Wait for the run's own end. Raises AssertionError if there is none, or a process is left ten seconds later."""
-    wait(lambda: (place.folder / run / "done").exists(), f"{run} to be done", 500)
+    wait(lambda: (place.folder / run / "done").exists() or is_given_up(place, run), f"{run} to end", 500)
+    assert not is_given_up(place, run), f"{run} was given up"
     wait(lambda: place.job_state(run) == "COMPLETED", "the job to complete", 60)
     wait(lambda: place.survivors(run) == [], "every process of the run to end", _LEFT_SECONDS)
+
+
+def is_given_up(place: Place, run: str) -> bool:
+    """Whether nobody goes on with it."""
+    return any((attempt.then or "").startswith("given up") for attempt in place.attempts(run))
 
 
 def give_up(place: Place, run: str) -> None:

@@ -5,20 +5,13 @@ from itertools import pairwise
 
 import pytest
 
-from tests.cluster import chaos, faults, stops
+from tests.cluster import faults, stops
 from tests.cluster.conftest import Place
 from tests.cluster.cost import Fault, suffer, undisturbed
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(3000)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.nightly, pytest.mark.timeout(3000)]
 
 
-def test_runs_end_well_whatever_strikes_and_whenever(place: Place) -> None:
-    storms = list(chaos.storms(place, number=20, seed=3))
-    assert [str(storm) for storm in storms if storm.wrong is not None] == []
-    assert sum(len(storm.struck) for storm in storms) >= 15  # a run may be done before its last fault
-
-
-@pytest.mark.nightly
 @pytest.mark.parametrize("fault", faults.FAULTS.values(), ids=list(faults.FAULTS))
 def test_a_fault_costs_no_more_steps_than_it_may_and_not_a_bit_of_the_weights(
     fault: Fault, place: Place
@@ -32,7 +25,6 @@ def test_a_fault_costs_no_more_steps_than_it_may_and_not_a_bit_of_the_weights(
     assert cost.lost <= fault.most_lost
 
 
-@pytest.mark.nightly
 def test_planned_stops_lose_no_step_and_are_requeues_of_one_job(place: Place) -> None:
     dice, run = random.Random(2), "runs/stops"
     expected = stops.stopped(place, run, stops.drawn(20, dice), dice)
