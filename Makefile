@@ -6,7 +6,7 @@ BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench study test test-all test-cluster parity check format lock clean
+.PHONY: help venv demo bench study test test-all test-cluster test-chaos test-nightly parity check format lock clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -39,8 +39,15 @@ test: venv  ## The tests, with real 2- and 4-process runs, under 15 minutes on 2
 test-all: venv  ## The slow tests that `make test` leaves out
 	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not cluster" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-cluster: venv  ## Launches on a testbed of namespaces, with every fault we can plant; as root, and installs by apt what it lacks
-	$(OFFLINE) $(BIN)/python -m pytest -m cluster
+test-cluster: venv  ## Launches and doctor on a testbed of namespaces; as root, installs by apt what it lacks; 10 minutes
+	$(OFFLINE) $(BIN)/python -m pytest tests/cluster -m "slow and not nightly"
+
+SEED ?= 1
+test-chaos: venv  ## 20 random faults in launched runs on a testbed; SEED=N draws others; as root; 10 minutes
+	$(OFFLINE) $(BIN)/python -m tests.cluster.chaos --faults 20 --seed $(SEED)
+
+test-nightly: venv  ## On the testbed what 10 minutes don't hold: every fault by itself, 20 planned stops; half an hour and more
+	$(OFFLINE) $(BIN)/python -m pytest tests/cluster -m nightly
 
 parity: venv  ## The layout parity, more of it than `make test` has, as a table: 151 layouts beside one process; half an hour
 	$(OFFLINE) $(BIN)/python -m tests.dist.parity

@@ -121,6 +121,8 @@ def command(
         container=container,
         limits=limits,
     )
+    if time_limit is not None:
+        slurm.check_time(time_limit, signal_before)
     request = slurm.Request(
         name=run.name,
         gpus_per_node=gpus_per_node or 0,

@@ -126,6 +126,12 @@ def _slurm_nodes(
         mine = slurm.Job.mine().nodes
         return tuple(node for node in mine if not named or node in named), []
     known = allocation.nodes(place)
+    if not known:
+        where = place.partition or "any partition"
+        raise LaunchError(
+            f"Slurm has no node in {where}{' but those excluded' if place.exclude else ''}. Ask sinfo for its "
+            f"partitions, and name one by --partition."
+        )
     if strange := [name for name in named if name not in known]:
         raise LaunchError(
             f"Slurm has no node {', '.join(strange)} there. Use some of {', '.join(known) or 'another partition'}."

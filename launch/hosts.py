@@ -14,6 +14,8 @@ from launch.start import SSH, remotely
 from moe.errors import LaunchError
 
 _SECONDS = 60.0
+_NAME = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9._-]*@)?[A-Za-z0-9][A-Za-z0-9.:_-]*")
+"""What ssh and Slurm cannot take for an option."""
 
 
 def read(given: str) -> tuple[tuple[str, ...], int | None]:
@@ -28,9 +30,15 @@ def read(given: str) -> tuple[tuple[str, ...], int | None]:
                 f"the hostfile {given} is not there. Make one with lines like `node1 slots=8`, or give names: "
                 f"--hosts node1,node2."
             )
-        return _unique([host for host in given.split(",") if host], given), None
+        return _unique([host.strip() for host in given.split(",") if host.strip()], given), None
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError) as error:
+        raise LaunchError(
+            f"the hostfile {given} cannot be read ({error}). It must be text, with lines like `node1 slots=8`."
+        ) from None
     hosts, slots = [], set()
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines, start=1):
         text = line.partition("#")[0].strip()
         if not text:
             continue
@@ -52,6 +60,11 @@ def read(given: str) -> tuple[tuple[str, ...], int | None]:
 def _unique(hosts: Sequence[str], given: str) -> tuple[str, ...]:
     if not hosts:
         raise LaunchError(f"{given!r} names no host. Write at least one.")
+    if strange := [host for host in hosts if _NAME.fullmatch(host) is None]:
+        raise LaunchError(
+            f"{given!r} names the host {strange[0]!r}, but a name begins with a letter, a digit or USER@, and goes on "
+            f"with these and . : _ -. Correct it."
+        )
     twice = sorted({host for host in hosts if hosts.count(host) > 1})
     if twice:
         raise LaunchError(f"{given} names {', '.join(twice)} twice: a host runs one agent. Name each once.")

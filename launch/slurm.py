@@ -1,6 +1,7 @@
 """A plan -> a batch script for Slurm; a job -> its nodes, its state, its requeue."""
 
 import os
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ __all__ = [
     "SlurmSilentError",
     "ask_to_save",
     "cancel",
+    "check_time",
     "field",
     "free",
     "script",
@@ -114,6 +116,30 @@ class Job:
         said = slurm.ask("sinfo", "--noheader", "-N", "-n", ",".join(self.nodes), "-o", "%N %T")
         states = dict(line.split() for line in said.splitlines())
         return frozenset(node for node, state in states.items() if state.startswith("drain"))
+
+
+def check_time(limit: str, signal_seconds: int) -> None:
+    """Refuse a time limit that Slurm would not read, or that leaves none to train in. Raises `LaunchError`."""
+    if limit.upper() in ("UNLIMITED", "INFINITE"):
+        return
+    match = re.fullmatch(
+        r"(?:(?P<d>\d+)-(?P<h>\d+)(?::(?P<m>\d+)(?::(?P<s>\d+))?)?"
+        r"|(?:(?:(?P<H>\d+):)?(?P<M>\d+):(?P<S>\d+))|(?P<minutes>\d+))",
+        limit,
+    )
+    if match is None:
+        raise LaunchError(
+            f"--time is {limit!r}, but must be D-HH:MM:SS, HH:MM:SS or a number of minutes. Write --time 4:00:00 for "
+            f"four hours, or leave it out to get the partition's limit."
+        )
+    part = {name: int(text or 0) for name, text in match.groupdict().items()}
+    hours, minutes = part["d"] * 24 + part["h"] + part["H"], part["m"] + part["M"] + part["minutes"]
+    seconds = (hours * 60 + minutes) * 60 + part["s"] + part["S"]
+    if seconds <= signal_seconds:
+        raise LaunchError(
+            f"--time is {limit}, {seconds} s, but --signal-before lets the ranks save {signal_seconds} s before it: "
+            f"none is left to train in. Use a longer --time or a smaller --signal-before."
+        )
 
 
 def script(folder: LaunchFolder, plan: Plan, request: Request, environment: Mapping[str, str]) -> str:

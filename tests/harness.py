@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo
-import torch._inductor.compile_fx  # with the line before: what DeepSpeed asks for in every rank, seconds each
+import torch._dynamo  # what an optimizer asks for at its first step in every rank, a second or two
 import torch.distributed as dist
 import torch.multiprocessing as mp
 

@@ -124,10 +124,8 @@ def _context(place: Place) -> Any:
     if place.device == "cuda":
         return multiprocessing.get_context("spawn")  # a process with CUDA in use must not fork
     context = multiprocessing.get_context("forkserver")
-    # What is slow to import is imported once; DeepSpeed asks for the last two when an engine starts.
-    context.set_forkserver_preload(
-        [__name__, "moe.certify.measure", "torch._dynamo", "torch._inductor.compile_fx"]
-    )
+    # What is slow to import is imported once; an optimizer asks for the last at its first step.
+    context.set_forkserver_preload([__name__, "moe.certify.measure", "torch._dynamo"])
     return context
 
 

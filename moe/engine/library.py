@@ -13,12 +13,19 @@ if not torch.cuda.is_available():
 
 import deepspeed
 import deepspeed.ops
+from deepspeed.runtime import compiler
 from deepspeed.runtime.constants import BFLOAT16
 from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 
 # The shared-memory collective serves only inference, and compiling it takes minutes when ranks start.
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+# A quarter of what a rank needs to start: to know its own Muon when it sees it, DeepSpeed 0.19.8 loads it, and with it
+# the whole of torch's inductor to compile it. Ours is another one.
+_compile, compiler.compile = compiler.compile, lambda: lambda function: function
+import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: E402
+
+compiler.compile = _compile
 # DeepSpeed 0.19.8 calls both by names that torch 2.13 deprecates; nothing a user can do.
 warnings.filterwarnings("ignore", message=".*all_gather_into_tensor.*", category=FutureWarning)
 warnings.filterwarnings("ignore", message=".*reduce_scatter_tensor.*", category=FutureWarning)

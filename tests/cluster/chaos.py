@@ -7,11 +7,13 @@ happened to. As root, on a testbed of its own; half a minute a fault. The seed f
 to; what it then meets, in a rank that just saves or boots, the machine decides.
 """
 
+import itertools
 import os
 import random
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 
 import click
 import psutil
@@ -20,7 +22,7 @@ from launch.folder import fruitless
 from launch.testbed.machines import CONTROLLER
 from tests.cluster import faults
 from tests.cluster.conftest import Place, wait
-from tests.cluster.cost import EVERY, LIMITS, a_place, give_up, to_the_end, undisturbed
+from tests.cluster.cost import LIMITS, a_place, give_up, is_given_up, lost, to_the_end, undisturbed
 
 _STEPS = 80
 _A_RUN = 4
@@ -54,6 +56,8 @@ _KINDS: dict[str, Strike] = {
     "kill -9 of n2's agent": _kill_agent("n2"),
     "USR1": faults.usr1,
     "scontrol requeue": faults.requeue,
+    "preemption": faults.preempt,
+    "turnout requeue": lambda place, run: place.says("requeue", run),
     "link down for 2 s": faults.unplug(2.0),
     "slurmctld restarted": faults.kill_daemon(CONTROLLER, "slurmctld", 1.0),
     "slurmd killed for 2 s": faults.kill_daemon("n2", "slurmd", 2.0),
@@ -61,10 +65,12 @@ _KINDS: dict[str, Strike] = {
 }
 
 
-def disturbed(place: Place, run: str, most: int, dice: random.Random) -> list[str]:
-    """Train with up to so many faults, and to the end; what struck. Raises AssertionError if it does not end well."""
+def disturbed(place: Place, run: str, most: int, dice: random.Random, struck: list[str]) -> None:
+    """Train with up to so many faults, and to the end; what strikes is added to `struck`.
+
+    Raises AssertionError if the run does not end by itself, leaves a process, or loses a step by a planned stop.
+    """
     place.launch(run, "slurm", *LIMITS, "--spares", "1", f"train.steps={_STEPS}")
-    struck: list[str] = []
     off = "power-off of n2"
     try:
         while len(struck) < most:
@@ -76,22 +82,20 @@ def disturbed(place: Place, run: str, most: int, dice: random.Random) -> list[st
                 _KINDS[name](place, run)
                 struck.append(name)
         to_the_end(place, run)
+        saved = [pair for pair in itertools.pairwise(place.attempts(run)) if pair[0].outcome == "saved"]
+        assert lost(saved) == 0, "steps lost by a planned stop"
     finally:
         give_up(place, run)
         if off in struck:
             faults.boot("n2")(place)
         faults.whole(place)
-    return struck
 
 
 def _moment(place: Place, run: str, early: bool, seconds: float, steps: int) -> bool:
-    """Wait for the moment to strike; False: the run is done first.
+    """Wait for the moment to strike; False: the run ends first.
 
     After two attempts in a row without a new checkpoint, for one: a third would be the last, as it should.
     """
-    known = [attempt for attempt in place.attempts(run) if attempt.outcome is not None]
-    if fruitless(known) >= 2:
-        early, steps = False, EVERY + 3
 
     def ready() -> bool:
         attempt = next(iter(place.attempts(run)[-1:]), None)
@@ -100,13 +104,49 @@ def _moment(place: Place, run: str, early: bool, seconds: float, steps: int) -> 
         ranks = [rank for report in place.files(run).reports(attempt.number) for rank in report.ranks]
         if len(ranks) < 4 or any(rank.code is not None for rank in ranks):
             return False
+        if fruitless(place.attempts(run)[:-1]) >= 2:
+            return place.files(run).newest_step() > attempt.from_step
         if early:
             return min(rank.still_seconds for rank in ranks) >= seconds or any(rank.beats for rank in ranks)
         return min(rank.step or 0 for rank in ranks) >= min(attempt.from_step + steps, _STEPS - 3)
 
-    done = place.folder / run / "done"
-    wait(lambda: done.exists() or ready(), "a moment to strike")
-    return not done.exists()
+    def over() -> bool:
+        return (place.folder / run / "done").exists() or is_given_up(place, run)
+
+    wait(lambda: over() or ready(), "a moment to strike")
+    return not over()
+
+
+@dataclass(frozen=True)
+class Storm:
+    """Faults that struck one run, and what became of it."""
+
+    struck: tuple[str, ...]
+    outcomes: tuple[str, ...]
+    """Of its attempts."""
+    wrong: str | None = None
+    """None: it ended by itself, with the right weights."""
+
+    def __str__(self) -> str:
+        outcomes = ", ".join(self.outcomes)
+        return f"{'; '.join(self.struck)}: {outcomes}: {self.wrong or 'the right weights'}"
+
+
+def storms(place: Place, number: int, seed: int) -> Iterator[Storm]:
+    """So many faults, over as many runs as that takes."""
+    dice, count = random.Random(seed), 0
+    expected = place.weights(undisturbed(place, _STEPS))
+    for run in (f"runs/chaos-{seed}-{index}-" for index in itertools.count(1)):
+        if count >= number:
+            return
+        struck: list[str] = []
+        try:
+            disturbed(place, run, min(_A_RUN, number - count), dice, struck)
+            wrong = None if place.weights(run) == expected else "OTHER WEIGHTS"
+        except AssertionError as error:
+            wrong = f"NO END: {error}\n{place.says('explain', run)}"
+        count += max(1, len(struck))
+        yield Storm(tuple(struck), tuple(str(attempt.outcome) for attempt in place.attempts(run)), wrong)
 
 
 @click.command()
@@ -115,23 +155,15 @@ def _moment(place: Place, run: str, early: bool, seconds: float, steps: int) -> 
 def command(number: int, seed: int) -> None:
     """Plant random faults in runs, and see that all end by themselves with the right weights."""
     os.environ["PATH"] += ":/usr/sbin:/sbin"
-    dice, count, bad, runs = random.Random(seed), 0, 0, 0
+    seen = []
     with a_place() as place:
-        expected = place.weights(undisturbed(place, _STEPS))
-        while count < number:
-            runs += 1
-            run = f"runs/chaos-{seed}-{runs}-"
-            try:
-                struck = disturbed(place, run, min(_A_RUN, number - count), dice)
-                well = "the right weights" if place.weights(run) == expected else "OTHER WEIGHTS"
-            except AssertionError as error:
-                struck, well = [], f"NO END: {error}"
-                click.echo(place.says("explain", run))
-            bad += well != "the right weights"
-            count += max(1, len(struck))
-            outcomes = ", ".join(str(attempt.outcome) for attempt in place.attempts(run))
-            click.echo(f"seed {seed}, run {runs}: {'; '.join(struck)}: {outcomes}: {well}")
-    click.echo(f"{count} faults in {runs} runs, {bad} of which went wrong")
+        for storm in storms(place, number, seed):
+            seen.append(storm)
+            click.echo(f"seed {seed}, run {len(seen)}: {storm}")
+    bad = sum(storm.wrong is not None for storm in seen)
+    click.echo(
+        f"{sum(len(storm.struck) for storm in seen)} faults in {len(seen)} runs, {bad} of which went wrong"
+    )
     sys.exit(1 if bad else 0)
 
 

@@ -66,8 +66,6 @@ class Place:
 
     folder: Path
     cluster: Cluster
-    small: Path
-    """A file system of 4 MB that all machines see."""
 
     def turnout(self, *arguments: str, on: str = CONTROLLER) -> "subprocess.Popen[str]":
         command = self._on(on, arguments)
@@ -245,6 +243,12 @@ def home() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="session")
+def small(home: Path) -> Path:
+    """A file system of 4 MB that all machines see."""
+    return home / "small"
+
+
+@pytest.fixture(scope="session")
 def cluster(home: Path) -> Iterator[Cluster]:
     machines = Machines.up(home / "testbed", 3)
     try:
@@ -254,11 +258,11 @@ def cluster(home: Path) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def place(cluster: Cluster, home: Path, tmp_path_factory: pytest.TempPathFactory) -> Place:
+def place(cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Place:
     folder = tmp_path_factory.mktemp("cluster")
     (folder / "data.yaml").write_text(yaml.safe_dump(DATA))
     (folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
-    place = Place(folder, cluster, home / "small")
+    place = Place(folder, cluster)
     place.says("prepare", "data.yaml")
     return place
 

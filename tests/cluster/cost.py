@@ -4,7 +4,7 @@ import json
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from itertools import pairwise
@@ -20,7 +20,7 @@ from tests.cluster.conftest import DATA, RECIPE, Place, wait
 
 STEPS, EVERY = 40, 10
 """Of a run, and between its checkpoints."""
-LIMITS = ("--lease", "5", "--hang-limit", "8", "--agent-limit", "15")
+LIMITS = ("--lease", "5", "--hang-limit", "8", "--agent-limit", "15", "--boot-limit", "60")
 _POLL_SECONDS = 0.02
 _LEFT_SECONDS = 10.0
 
@@ -133,14 +133,20 @@ def suffer(place: Place, run: str, fault: Fault) -> Cost:
     again = timeline.first(last.began, last.from_step + 1) if restarted else timeline.gap_end(struck)
     boot = timeline.first(attempts[0].began, 1) - attempts[0].began
     stopped = (attempts[0].ended or struck) - struck
-    return Cost(boot, again - struck, stopped, _lost(attempts), tuple(attempts))
+    return Cost(boot, again - struck, stopped, lost(pairwise(attempts)), tuple(attempts))
 
 
 def to_the_end(place: Place, run: str) -> None:
     """Wait for the run's own end. Raises AssertionError if there is none, or a process is left ten seconds later."""
-    wait(lambda: (place.folder / run / "done").exists(), f"{run} to be done", 500)
+    wait(lambda: (place.folder / run / "done").exists() or is_given_up(place, run), f"{run} to end", 500)
+    assert not is_given_up(place, run), f"{run} was given up"
     wait(lambda: place.job_state(run) == "COMPLETED", "the job to complete", 60)
     wait(lambda: place.survivors(run) == [], "every process of the run to end", _LEFT_SECONDS)
+
+
+def is_given_up(place: Place, run: str) -> bool:
+    """Whether nobody goes on with it."""
+    return any((attempt.then or "").startswith("given up") for attempt in place.attempts(run))
 
 
 def give_up(place: Place, run: str) -> None:
@@ -150,30 +156,30 @@ def give_up(place: Place, run: str) -> None:
             place.slurm("scancel", place.job(run))
 
 
-def _lost(attempts: Sequence[Attempt]) -> int:
+def lost(pairs: Iterable[tuple[Attempt, Attempt]]) -> int:
     """Steps that were taken and then taken again, by where the next attempt began."""
-    return sum(max(0, (one.last_step or 0) - after.from_step) for one, after in pairwise(attempts))
+    return sum(max(0, (one.last_step or 0) - after.from_step) for one, after in pairs)
 
 
-def undisturbed(place: Place, steps: int) -> str:
-    """A run of so many steps on this machine alone; trained once."""
-    run = f"runs/undisturbed{steps}"
+def undisturbed(place: Place, steps: int, *overrides: str) -> str:
+    """A run of so many steps on this machine alone, with such overrides of the recipe; trained once."""
+    run = f"runs/undisturbed{'-'.join([str(steps), *overrides])}"
     if not (place.folder / run / "done").exists():
-        place.launch(run, "local", f"train.steps={steps}")
+        place.launch(run, "local", f"train.steps={steps}", *overrides)
     return run
 
 
 @contextmanager
-def a_place() -> Iterator[Place]:
-    """A testbed of three nodes for as long as it is used, and a folder with data and a recipe."""
+def a_place(data: str = yaml.safe_dump(DATA), recipe: str = yaml.safe_dump(RECIPE)) -> Iterator[Place]:
+    """A testbed of three nodes for as long as it is used, and a folder with such data and recipe."""
     testbed.check(slurm=True)
     with tempfile.TemporaryDirectory(prefix="turnout-") as home:
         machines = Machines.up(Path(home) / "testbed", 3)
         try:
             place = Place(Path(home) / "work", Cluster.up(machines, cpus=4, gpus=2))
             place.folder.mkdir()
-            (place.folder / "data.yaml").write_text(yaml.safe_dump(DATA))
-            (place.folder / "recipe.yaml").write_text(yaml.safe_dump(RECIPE))
+            (place.folder / "data.yaml").write_text(data)
+            (place.folder / "recipe.yaml").write_text(recipe)
             place.says("prepare", "data.yaml")
             yield place
         finally:

@@ -7,7 +7,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import numpy
@@ -151,39 +151,40 @@ def test_a_doctor_passes_sound_hosts_every_time_and_in_time(way: str, place: Pla
             assert place.slurm("squeue", "--noheader", "--states=R,PD") == ""
 
 
-FAULTS = [
-    (_slow_link, "n3: its fastest link has"),
-    (_taken_port, "n3: port 29511 is taken"),
-    (_read_only, "n3: {folder}: Read-only file system"),
-    (_another_folder, "n3: it does not see {folder} as the first machine does"),
-    (_full_scratch, "n3: /dev/shm has 1 MB free, 17 MB are wanted"),
-    (_another_version, "n3: numpy: 1.0.7 here, but {numpy} elsewhere"),
-    (_fast_clock_by_ssh, "n3: its clock is off by +7."),
-    (_unplugged, "n3: it does not answer"),
-]
+Plant = Callable[[Place], AbstractContextManager[None]]
+FAULTS: dict[str, dict[Plant, str]] = {
+    "slow": {_slow_link: "n3: its fastest link has"},
+    "small things": {
+        _taken_port: "n3: port 29511 is taken",
+        _full_scratch: "n3: /dev/shm has 1 MB free, 17 MB are wanted",
+        _another_version: "n3: numpy: 1.0.7 here, but {numpy} elsewhere",
+        _fast_clock_by_ssh: "n3: its clock is off by +7.",
+    },
+    "read-only": {_read_only: "n3: {folder}: Read-only file system"},
+    "not shared": {_another_folder: "n3: it does not see {folder} as the first machine does"},
+    "unplugged": {_unplugged: "n3: it does not answer"},
+}
 
 
-@pytest.mark.parametrize(("plant", "finding"), FAULTS)
-def test_a_doctor_names_the_host_with_a_planted_fault(
-    plant: Callable[[Place], AbstractContextManager[None]], finding: str, place: Place
-) -> None:
-    with plant(place):
-        said = _ask(place, *WAYS["hosts"], code=1)
-    assert finding.format(folder=place.folder, numpy=importlib.metadata.version("numpy")) in said
+def _finds(place: Place, way: str, faults: dict[Plant, str]) -> None:
+    with ExitStack() as planted:
+        for plant in faults:
+            planted.enter_context(plant(place))
+        said = _ask(place, *WAYS[way], code=1)
+    for finding in faults.values():
+        known = {"folder": place.folder, "numpy": importlib.metadata.version("numpy")}
+        assert finding.format(**known) in said
+    assert said.count("\nn3: ") == len(faults), said
     assert said.endswith("leave out: n3\n")
 
 
-@pytest.mark.parametrize(
-    ("plant", "finding"),
-    [(_slow_link, "n3: its fastest link has"), (_fast_clock, "n3: its clock is off by +7.")],
-)
-def test_through_slurm_a_doctor_finds_the_same(
-    plant: Callable[[Place], AbstractContextManager[None]], finding: str, place: Place
-) -> None:
-    with plant(place):
-        said = _ask(place, *WAYS["slurm"], code=1)
-    assert finding in said
-    assert said.endswith("leave out: n3\n")
+@pytest.mark.parametrize("what", FAULTS)
+def test_a_doctor_names_the_host_with_planted_faults(what: str, place: Place) -> None:
+    _finds(place, "hosts", FAULTS[what])
+
+
+def test_through_slurm_a_doctor_finds_the_same(place: Place) -> None:
+    _finds(place, "slurm", FAULTS["slow"] | {_fast_clock: "n3: its clock is off by +7."})
 
 
 def test_a_doctor_says_what_slurm_has_against_a_node(place: Place) -> None:
@@ -197,14 +198,14 @@ def test_a_doctor_says_what_slurm_has_against_a_node(place: Place) -> None:
     assert said.endswith("leave out: n2\n")
 
 
-def test_a_full_file_system_is_no_fault_of_one_host(place: Place) -> None:
-    full = place.small / "full"
+def test_a_full_file_system_is_no_fault_of_one_host(place: Place, small: Path) -> None:
+    full = small / "full"
     full.touch()
-    os.posix_fallocate(descriptor := os.open(full, os.O_WRONLY), 0, shutil.disk_usage(place.small).free)
+    os.posix_fallocate(descriptor := os.open(full, os.O_WRONLY), 0, shutil.disk_usage(small).free)
     os.close(descriptor)
     try:
-        said = _ask(place, *WAYS["hosts"], "--folder", str(place.small), code=1)
+        said = _ask(place, *WAYS["hosts"], "--folder", str(small), code=1)
     finally:
         full.unlink()
-    assert f"all hosts: {place.small}: No space left on device" in said
+    assert f"all hosts: {small}: No space left on device" in said
     assert said.endswith("leave out none: mend what is wrong\n")

@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -17,13 +17,11 @@ from tests.cluster.conftest import HERE, Place, wait
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 
-@pytest.mark.parametrize("kind", ["pdsh", "ssh"])
-def test_on_hosts_a_run_has_the_bits_of_the_local_one(
-    kind: str, place: Place, expected: dict[int, float]
-) -> None:
-    place.launch(f"runs/{kind}", kind)
-    assert place.losses(f"runs/{kind}") == expected
-    assert place.survivors(f"runs/{kind}") == []
+def test_on_hosts_a_run_has_the_bits_of_the_local_one(place: Place, expected: dict[int, float]) -> None:
+    """Through ssh; through pdsh below."""
+    place.launch("runs/ssh", "ssh")
+    assert place.losses("runs/ssh") == expected
+    assert place.survivors("runs/ssh") == []
 
 
 def test_through_slurm_a_run_has_the_bits_of_the_local_one(place: Place, expected: dict[int, float]) -> None:
@@ -48,6 +46,7 @@ exec "$@"
 
 
 @pytest.mark.cluster
+@pytest.mark.nightly
 def test_in_a_container_a_run_has_the_bits_of_the_local_one(
     place: Place, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -64,72 +63,31 @@ def test_in_a_container_a_run_has_the_bits_of_the_local_one(
 
 
 @pytest.mark.cluster
-def test_a_killed_rank_is_named_and_the_run_goes_on_in_its_allocation(
+def test_a_killed_rank_and_a_halted_one_are_named_and_the_run_goes_on_in_its_allocation(
     place: Place, expected: dict[int, float]
 ) -> None:
-    place.launch("runs/killed", "slurm")
-    wait(lambda: place.step("runs/killed") >= 13, "step 13")
-    host = place.kill("runs/killed", 3, "KILL")
-    _to_the_end(place, "runs/killed", expected)
-    first, second = place.attempts("runs/killed")
-    assert (first.outcome, first.rank, first.host) == ("failed", 3, host)
-    assert first.cause == "ended by SIGKILL"
-    assert (second.outcome, second.from_step, second.job) == ("done", 10, first.job)
-    said = place.says("explain", "runs/killed")
-    assert f"rank 3 on {host}: ended by SIGKILL" in said
-
-
-def _usr1(place: Place, job: str) -> None:
-    place.slurm("scancel", "--signal=USR1", "--batch", job)  # what Slurm does before the time limit
-
-
-def _requeue(place: Place, job: str) -> None:
-    place.slurm("scontrol", "requeue", job)
-
-
-def _preempt(place: Place, job: str) -> None:
-    place.slurm(
-        "sbatch", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=sleep 2"
-    )
-
-
-@pytest.mark.parametrize("ask", [_usr1, _requeue, _preempt])
-@pytest.mark.cluster
-def test_asked_to_make_way_it_saves_and_is_requeued_without_a_step_lost(
-    ask: Callable[[Place, str], None], place: Place, expected: dict[int, float]
-) -> None:
-    run = f"runs/way{ask.__name__}"
-    place.launch(run, "slurm")
-    wait(lambda: place.step(run) >= 3, "step 3")
-    ask(place, place.job(run))
-    _to_the_end(place, run, expected)
-    first, second = place.attempts(run)
-    assert first.outcome == "saved"
-    assert first.to_step == first.last_step == second.from_step
-
-
-@pytest.mark.cluster
-def test_a_halted_rank_is_found_within_the_limit_and_named_with_its_stack(
-    place: Place, expected: dict[int, float]
-) -> None:
-    place.launch("runs/hung", "slurm", "--hang-limit", "8")
-    wait(lambda: place.step("runs/hung") >= 12, "step 12")
-    host = place.kill("runs/hung", 2, "STOP")
-    halted = time.time()
-    _to_the_end(place, "runs/hung", expected)
-    first = place.attempts("runs/hung")[0]
-    assert (first.outcome, first.rank, first.host) == ("hung", 2, host)
-    assert first.ended is not None
-    assert first.ended - halted < 8 + 10
-    stacks = place.files("runs/hung").logs(1)
-    assert "most recent call first" in (stacks / "rank_0.stack").read_text()
+    place.launch("runs/hurt", "slurm", "--hang-limit", "8")
+    wait(lambda: place.step("runs/hurt") >= 13, "step 13")
+    killed = place.kill("runs/hurt", 3, "KILL")
+    wait(lambda: place.step("runs/hurt") >= 24, "step 24")
+    halted, struck = place.kill("runs/hurt", 2, "STOP"), time.time()
+    _to_the_end(place, "runs/hurt", expected)
+    first, second, third = place.attempts("runs/hurt")
+    assert (first.outcome, first.rank, first.host, first.cause) == ("failed", 3, killed, "ended by SIGKILL")
+    assert f"rank 3 on {killed}: ended by SIGKILL" in place.says("explain", "runs/hurt")
+    assert (second.outcome, second.rank, second.host) == ("hung", 2, halted)
+    assert second.ended is not None
+    assert second.ended - struck < 8 + 10
+    assert "most recent call first" in (place.files("runs/hurt").logs(2) / "rank_0.stack").read_text()
+    assert [attempt.from_step for attempt in (first, second, third)] == [0, 10, 20]
+    assert (third.outcome, third.job) == ("done", first.job)
 
 
 @pytest.mark.cluster
 def test_stop_saves_and_ends_one_run_and_leaves_another_on_the_same_hosts(
     place: Place, expected: dict[int, float]
 ) -> None:
-    one = place.start("runs/one", "pdsh", "train.steps=100000")
+    one = place.start("runs/one", "ssh", "train.steps=100000")
     other = place.start("runs/other", "pdsh")
     wait(lambda: place.step("runs/one") >= 2, "the first to train")
     place.says("stop", "runs/one")
@@ -160,6 +118,7 @@ def _slowed(place: Place, run: str, rank: int) -> Iterator[str]:
 
 
 @pytest.mark.cluster
+@pytest.mark.nightly
 def test_a_slow_rank_is_named_with_its_host_while_the_run_goes_on(place: Place) -> None:
     process = place.start("runs/slow", "ssh", "train.steps=100000")
     wait(lambda: place.step("runs/slow") >= 20 or process.poll() is not None, "step 20")
@@ -171,6 +130,7 @@ def test_a_slow_rank_is_named_with_its_host_while_the_run_goes_on(place: Place) 
 
 
 @pytest.mark.cluster
+@pytest.mark.nightly
 def test_ranks_end_when_their_supervisor_is_killed(place: Place, expected: dict[int, float]) -> None:
     process = place.start("runs/orphan", "pdsh", "--lease", "4", "train.steps=100000")
     wait(lambda: place.step("runs/orphan") >= 2, "step 2")
@@ -180,25 +140,6 @@ def test_ranks_end_when_their_supervisor_is_killed(place: Place, expected: dict[
             found.kill()
     process.wait(timeout=30)
     wait(lambda: place.survivors("runs/orphan") == [], "every process of the run to end", seconds=10)
-
-
-@pytest.mark.cluster
-def test_a_crashed_node_is_replaced_by_a_spare(place: Place, expected: dict[int, float]) -> None:
-    place.launch("runs/spare", "slurm", "--spares", "1", "--lease", "5")
-    wait(lambda: place.step("runs/spare") >= 12, "step 12")
-    place.cluster.machines.unplug("n2")
-    place.cluster.machines.crash("n2")
-    try:
-        wait(lambda: place.attempts("runs/spare")[-1].outcome == "done", "the run to be done")
-        assert place.losses("runs/spare") == expected
-        first, second = place.attempts("runs/spare")
-        assert (first.outcome, first.nodes) == ("lost", ("n1", "n2"))
-        assert (second.outcome, second.nodes, second.job) == ("done", ("n1", "n3"), first.job)
-    finally:
-        place.cluster.machines.plug("n2")
-        place.cluster.machines.boot("n2")
-        place.cluster.start_node("n2")
-        wait(lambda: set(place.cluster.states().values()) == {"idle"}, "the node to come back")
 
 
 def test_a_testbed_leaves_nothing(home: Path, tmp_path: Path) -> None:

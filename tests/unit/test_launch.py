@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from launch import diagnosis, hosts, machine, start
+from launch import allocation, diagnosis, hosts, machine, slurm, start
 from launch.allocation import Node
 from launch.diagnosis import ALL, Finding, Wanted, diagnose
 from launch.folder import Attempt, LaunchFolder, Limits, NodeReport, Plan, RankReport, fruitless, write_text
@@ -193,6 +193,8 @@ def test_an_agent_is_started_once_a_node_under_every_launcher(plan: Plan, tmp_pa
     [
         ("a slots=2\nb slots=4\n", "different numbers of slots"),
         ("a slots=two\n", "line 1: 'a slots=two' is no"),
+        ("a slots=0\n", "line 1: 'a slots=0' is no"),
+        ("-oProxyCommand=sh\n", "names the host '-oProxyCommand=sh', but a name begins with"),
         ("a\na\n", "names a twice"),
         ("# none\n", "names no host"),
     ],
@@ -208,7 +210,42 @@ def test_a_hostfile_gives_hosts_and_slots(tmp_path: Path) -> None:
     path = tmp_path / "hostfile"
     path.write_text("# ours\nn1 slots=8\nn2 slots=8  # the new one\n")
     assert hosts.read(str(path)) == (("n1", "n2"), 8)
-    assert hosts.read("n1,n2") == (("n1", "n2"), None)
+    assert hosts.read("n1, me@n2") == (("n1", "me@n2"), None)
+
+
+def test_a_hostfile_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "hostfile").write_bytes(b"\xff\xfe")
+    with pytest.raises(LaunchError, match="It must be text"):
+        hosts.read(str(tmp_path / "hostfile"))
+
+
+@pytest.mark.parametrize("limit", ["6", "5:01", "1:00:00", "1-0", "1-00:00", "0-00:05:01", "UNLIMITED"])
+def test_a_time_limit_is_written_as_slurm_reads_it(limit: str) -> None:
+    slurm.check_time(limit, 300)
+
+
+@pytest.mark.parametrize(
+    ("limit", "said"),
+    [
+        ("5x", "--time is '5x', but must be"),
+        ("", "--time is '', but must be"),
+        ("-5", "--time is '-5', but must be"),
+        ("0", "0 s, but --signal-before"),
+        ("5", "300 s, but --signal-before lets the ranks save 300 s before it"),
+    ],
+)
+def test_a_time_limit_that_leaves_no_time_is_refused(limit: str, said: str) -> None:
+    with pytest.raises(LaunchError, match=said):
+        slurm.check_time(limit, 300)
+
+
+def test_a_doctor_that_finds_no_node_to_look_at_does_not_call_it_sound(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    monkeypatch.setattr(allocation, "nodes", lambda place: {})
+    result = CliRunner().invoke(turnout, ["doctor", "--on", "slurm", "--partition", "nowhere"])
+    assert "Slurm has no node in nowhere" in str(result.exception)
 
 
 def test_an_attempt_that_was_replaced_may_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
