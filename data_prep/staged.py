@@ -10,7 +10,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data_prep import assemble, claim, executors, output, records, vocabulary
+from data_prep import assemble, claim, executors, given, output, records, vocabulary
 from data_prep.documents import Source, nothing_left
 from data_prep.encode import Encode, MakeTokenizer, Part
 from data_prep.files import matches
@@ -64,7 +64,7 @@ def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
             "recipe": recipe.identity,
             "sources": digests,
             "tokenizer": {path.name: FileStamp.of(path).xxh3_128 for path in ready.files} if ready else {},
-            "tests": _tests(recipe),
+            "given": given.digests(recipe),
             "versions": {name: _version(name) for name in _DECIDING},
         }
         is_anew = claim.claim(work, page, overwrite=asked.overwrite, look=asked.dry_run)
@@ -156,11 +156,12 @@ class _Run:
         self, sources: Sequence[Source], stamps: Sequence[dict[str, FileStamp]]
     ) -> tuple[list[Unit], list[Record], list[int]]:
         size = self.recipe.part_megabytes * 10**6
+        lists = [given.of_clean(self.recipe.clean)]
         work, owners = [], []
         for number, (config, source) in enumerate(zip(self.recipe.sources, sources, strict=True)):
             for portion, files in portions(config, source, size):
                 do = ReadAndClean(portion, self.recipe.clean, self.recipe.bad_rows == "quarantine", size)
-                work.append((do, [stamps[number][str(path)] for path in files]))
+                work.append((do, [stamps[number][str(path)] for path in files] + lists))
                 owners.append(number)
         units, found = self.step("text", work)
         return units, found, owners
@@ -233,12 +234,6 @@ class _Run:
             tokenizer, tokens, list(zip(text, texts, owners, strict=True)),
             list(zip(encoded, ended, owners_of_parts, strict=True)),
         )  # fmt: skip
-
-
-def _tests(recipe: DataRecipe) -> list[str]:
-    if recipe.decontaminate is None:
-        return []
-    return [FileStamp.of(path).xxh3_128 for path in matches(recipe.decontaminate.paths)]
 
 
 def _version(name: str) -> str | None:

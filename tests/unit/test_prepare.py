@@ -62,7 +62,9 @@ def test_the_manifest_accounts_for_every_document_and_byte(tmp_path: Path) -> No
     lines = [json.dumps({"text": text}) for text in [*TEXTS, *good, "", " \n\t", None]]
     raw = "\n".join([*lines, cut, ""]).encode() + b'{"text": "\xff\xfe"}\n\n'
     path = write_text(tmp_path / "a.jsonl", raw)
-    (facts,) = prepared(tmp_path, [{"type": "jsonl", "paths": [str(path)]}]).manifest.sources
+    data = prepared(tmp_path, [{"type": "jsonl", "paths": [str(path)]}])
+    (facts,) = data.manifest.sources
+    assert facts.tokens == data.num_tokens("train") + data.num_tokens("validation")
     kept = sum(len(text.encode()) for text in TEXTS + good)
     assert facts.read.model_dump() == {"documents": len(TEXTS) + 7, "bytes": kept + 3 + 0 + 8 + 14}
     assert facts.kept.model_dump() == {"documents": len(TEXTS) + 2, "bytes": kept}

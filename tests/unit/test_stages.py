@@ -73,6 +73,7 @@ def _sums(data: TokenData) -> None:
         data.num_documents(split) for split in splits
     )
     assert sum(source.kept.bytes for source in sources) == sum(data.num_bytes(split) for split in splits)
+    assert sum(source.tokens or 0 for source in sources) == sum(data.num_tokens(split) for split in splits)
 
 
 def test_copies_go_and_every_document_is_accounted_for(tmp_path: Path) -> None:
@@ -343,3 +344,17 @@ def test_killed_at_random_moments_and_run_again_the_bytes_are_the_same(tmp_path:
     _killed_again_and_again(tmp_path / "killed", sources, kills, longest=3.0)
     assert contents(tmp_path / "killed" / PREPARED) == contents(calm.folder)
     assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_another_test_set_over_the_same_output_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*TEXTS, *LONG])
+    tests = write_jsonl(tmp_path / "eval.jsonl", [LONG[0]])
+    settings = {"decontaminate": {"paths": [str(tests)]}, "executor": {"workers": 1}}
+    sources = [{"type": "jsonl", "paths": [str(path)]}]
+    assert prepared(tmp_path, sources, **settings).manifest.sources[0].dropped["contaminated"].documents == 1
+    write_jsonl(tests, [LONG[0], LONG[5]])
+    recipe = page(tmp_path, sources, **settings)
+    refused(run(tmp_path, recipe), "the tests, lists or models that it names changed", "--overwrite")
+    assert run(tmp_path, recipe, "--overwrite").exit_code == 0
+    data = TokenData.open(tmp_path / PREPARED, verify=True)
+    assert data.manifest.sources[0].dropped["contaminated"].documents == 2
