@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 from data_prep.documents import Document, Dropped, Source, from_text
@@ -10,8 +11,19 @@ from moe.errors import DataError, TurnoutError
 
 
 def hub(config: HubSource) -> Source:
-    """Rows of one split, in the dataset's order."""
-    return Source(f"hub {config.dataset} {config.split}", (), lambda: _documents(config))
+    """Rows of one split, in the dataset's order; of a folder here the files are known, so that a change is seen."""
+    return Source(
+        f"hub {config.dataset} {config.split}", _files(Path(config.dataset)), lambda: _documents(config)
+    )
+
+
+def _files(folder: Path) -> tuple[Path, ...]:
+    if not folder.is_dir():
+        return ()
+    found = (path for path in folder.rglob("*") if path.is_file())
+    return tuple(
+        sorted(p for p in found if not any(part.startswith(".") for part in p.relative_to(folder).parts))
+    )
 
 
 def _documents(config: HubSource) -> Iterator[Document | Dropped]:
