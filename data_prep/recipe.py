@@ -225,6 +225,11 @@ class DataRecipe(Section):
                 )
         return self
 
+    @property
+    def reads_html(self) -> bool:
+        """Whether text is taken out of pages, by a library that decides what it is."""
+        return any(isinstance(source, WarcSource) and source.html for source in self.sources)
+
     @model_validator(mode="after")
     def _conversations_have_a_template(self) -> "DataRecipe":
         if not self.is_chat:

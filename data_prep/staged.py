@@ -65,7 +65,9 @@ def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
             "sources": digests,
             "tokenizer": {path.name: FileStamp.of(path).xxh3_128 for path in ready.files} if ready else {},
             "given": given.digests(recipe),
-            "versions": {name: _version(name) for name in _DECIDING},
+            "versions": {
+                name: _version(name) for name in (*_DECIDING, *(["trafilatura"] if recipe.reads_html else []))
+            },
         }
         is_anew = claim.claim(work, page, overwrite=asked.overwrite, look=asked.dry_run)
         at_work = stack.enter_context(executors.workers(recipe.executor))
