@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_prep import documents, report
+from data_prep import documents, given, report
 from data_prep.encode import SPLITS
 from data_prep.prepare import check_splits
 from data_prep.recipe import DataRecipe
@@ -61,6 +61,7 @@ def assemble(
         tokenizer=tokenizer,
         splits={split: facts for split, facts in splits.items() if facts},
         sources=accounts,
+        given=given.digests(recipe),
     )
     kept = sum(source.kept.documents for source in accounts)
     written = sum(facts.documents for facts in manifest.splits.values())
@@ -124,7 +125,13 @@ def _account(number: int, name: str, digest: str | None, made: Made) -> SourceFa
             for reason in sorted({reason for end in ends for reason in end["dropped"]})
         },
     )
-    return clean.model_copy(update={"kept": verdicts.kept, "dropped": {**clean.dropped, **verdicts.dropped}})
+    return clean.model_copy(
+        update={
+            "kept": verdicts.kept,
+            "dropped": {**clean.dropped, **verdicts.dropped},
+            "tokens": sum(split["tokens"] for end in ends for split in end["splits"].values()),
+        }
+    )
 
 
 def _link(source: Path, target: Path) -> None:

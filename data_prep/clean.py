@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from data_prep import urls
 from data_prep.documents import Document, Dropped, from_text
 from data_prep.treatment import Clean, LanguageFilter, Rules
 from moe.errors import DataError
@@ -27,12 +28,15 @@ def cleaner(config: Clean | None) -> Cleaner:
     """Raises `DataError` if a library or a model that a step needs is not on this machine."""
     if config is None:
         return lambda document: document
+    refuse = urls.refuser(config.urls) if config.urls is not None else None
     steps = _steps(config)
     longest = config.max_megabytes * 10**6
 
     def clean(document: Document) -> Document | Dropped:
         if document.num_bytes > longest:
             return Dropped(LONG, document.num_bytes)
+        if refuse is not None and (reason := refuse(document.url)):
+            return Dropped(reason, document.num_bytes)
         now: Document | Dropped = document
         for step in steps:
             assert isinstance(now, Document)

@@ -23,6 +23,8 @@ class Document:
 
     text: str
     num_bytes: int
+    url: str = ""
+    """Where it was found, if the source tells."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class Account:
     dropped: dict[str, Counter[str]] = field(default_factory=dict)
     rewritten: int = 0
     """Bytes that cleaning added, or took away if negative."""
+    tokens: int | None = None
+    """Of what was kept; null where it is not encoded yet."""
 
     def reads(self, item: Document | Dropped) -> None:
         _add(self.read, item.num_bytes)
@@ -94,6 +98,7 @@ class Account:
             kept=_amount(self.kept),
             dropped={reason: _amount(count) for reason, count in sorted(self.dropped.items())},
             rewritten=self.rewritten,
+            tokens=self.tokens,
         )
 
 
@@ -123,16 +128,16 @@ def nothing_left(accounts: Iterable[SourceFacts]) -> DataError:
     )
 
 
-def from_bytes(raw: bytes) -> Document | Dropped:
+def from_bytes(raw: bytes, url: str = "") -> Document | Dropped:
     """UTF-8 text, or dropped: invalid UTF-8, or nothing but white space."""
     try:
         text = raw.decode("utf-8")
     except UnicodeDecodeError:
         return Dropped(NOT_UTF8, len(raw))
-    return _if_not_blank(text, len(raw))
+    return _if_not_blank(text, len(raw), url)
 
 
-def from_text(text: str | None) -> Document | Dropped:
+def from_text(text: str | None, url: str = "") -> Document | Dropped:
     """As `from_bytes`; a string that UTF-8 cannot hold (half of a surrogate pair) is invalid too."""
     if text is None:
         return Dropped(NULL, 0)
@@ -140,11 +145,11 @@ def from_text(text: str | None) -> Document | Dropped:
         num_bytes = len(text) if text.isascii() else len(text.encode("utf-8"))
     except UnicodeEncodeError:
         return Dropped(NOT_UTF8, len(text.encode("utf-8", "surrogatepass")))
-    return _if_not_blank(text, num_bytes)
+    return _if_not_blank(text, num_bytes, url)
 
 
-def _if_not_blank(text: str, num_bytes: int) -> Document | Dropped:
-    return Document(text, num_bytes) if text and not text.isspace() else Dropped(EMPTY, num_bytes)
+def _if_not_blank(text: str, num_bytes: int, url: str) -> Document | Dropped:
+    return Document(text, num_bytes, url) if text and not text.isspace() else Dropped(EMPTY, num_bytes)
 
 
 def _add(counter: Counter[str], num_bytes: int) -> None:

@@ -7,6 +7,7 @@ import json
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,12 @@ def jsonl(config: JsonlSource, *, tolerant: bool = False) -> Source:
 
     With `tolerant`, a line that cannot be read as one is dropped, with where it was and how it begins.
     """
-    return _source("jsonl", config.paths, partial(_lines, text_field=config.text_field, tolerant=tolerant))
+    return _source("jsonl", config.paths, partial(_lines, config=config, tolerant=tolerant))
 
 
 def parquet(config: ParquetSource) -> Source:
     """A row is a document."""
-    return _source("parquet", config.paths, partial(_rows, text_field=config.text_field))
+    return _source("parquet", config.paths, partial(_rows, config=config))
 
 
 def chat(config: ChatSource) -> Source:
@@ -103,9 +104,9 @@ def _texts(path: Path, separator: str | None) -> Iterator[Document | Dropped]:
         yield from map(from_bytes, _split(chunks(path), separator.encode()))
 
 
-def _lines(path: Path, text_field: str, tolerant: bool) -> Iterator[Document | Dropped]:
+def _lines(path: Path, config: JsonlSource, tolerant: bool) -> Iterator[Document | Dropped]:
     for number, line in _numbered(path):
-        if (text := _plain_text(line, text_field)) is not None:
+        if config.url_field is None and (text := _plain_text(line, config.text_field)) is not None:
             yield from_text(text)
             continue
         where, item = f"{path}:{number}", from_bytes(line)
@@ -113,7 +114,7 @@ def _lines(path: Path, text_field: str, tolerant: bool) -> Iterator[Document | D
             yield item
             continue
         try:
-            yield _from_json(item.text, text_field, where)
+            yield _from_json(item.text, config, where)
         except _BadRowError as bad:
             if not tolerant:
                 raise
@@ -125,7 +126,8 @@ def _conversations(path: Path, field: str) -> Iterator[Document | Dropped]:
         if isinstance(item, Dropped):
             yield item
         else:
-            yield conversation(_value(item.text, field, where, "messages_field"), item.num_bytes, where)
+            row = _row(item.text, field, where, "messages_field")
+            yield conversation(row[field], item.num_bytes, where)
 
 
 def _documents_in(path: Path) -> Iterator[tuple[str, Document | Dropped]]:
@@ -153,8 +155,8 @@ def _plain_text(line: bytes, text_field: str) -> str | None:
     return value if isinstance(value, str) else None
 
 
-def _value(line: str, key: str, where: str, setting: str) -> Any:
-    """What stands under `key`, which the source's `setting` names."""
+def _row(line: str, key: str, where: str, setting: str) -> dict[str, Any]:
+    """An object that has `key`, which the source's `setting` names."""
     try:
         row = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -162,57 +164,79 @@ def _value(line: str, key: str, where: str, setting: str) -> Any:
             "not JSON",
             f"{where}: this line is not JSON ({error}). Mend or remove it; a file that was cut ends like this.",
         ) from None
+    return _having(row, key, where, setting)
+
+
+def _having(row: Any, key: str, where: str, setting: str) -> dict[str, Any]:
     if not isinstance(row, dict) or key not in row:
         keys = ", ".join(map(repr, row)) if isinstance(row, dict) else f"no object but {row!r:.40}"
         raise _BadRowError(
             f"no {key}",
             f"{where}: there is no {key!r} in this line, only {keys}. Set the source's {setting}.",
         )
-    return row[key]
+    return row
 
 
-def _from_json(line: str, text_field: str, where: str) -> Document | Dropped:
-    value = _value(line, text_field, where, "text_field")
-    if value is not None and not isinstance(value, str):
-        raise _BadRowError(
-            "not a string",
-            f"{where}: {text_field!r} is {value!r:.60}, but a document must be a string. Set the source's text_field.",
-        )
-    return from_text(value)
+def _from_json(line: str, config: JsonlSource, where: str) -> Document | Dropped:
+    row = _row(line, config.text_field, where, "text_field")
+    text = _string(row[config.text_field], config.text_field, where, "text_field", "a document")
+    if config.url_field is None:
+        return from_text(text)
+    value = _having(row, config.url_field, where, "url_field")[config.url_field]
+    return from_text(text, _string(value, config.url_field, where, "url_field", "an address") or "")
 
 
-def _rows(path: Path, text_field: str) -> Iterator[Document | Dropped]:
+def _string(value: Any, key: str, where: str, setting: str, what: str) -> str | None:
+    if value is None or isinstance(value, str):
+        return value
+    raise _BadRowError(
+        "not a string",
+        f"{where}: {key!r} is {value!r:.60}, but {what} must be a string. Set the source's {setting}.",
+    )
+
+
+def _rows(path: Path, config: ParquetSource) -> Iterator[Document | Dropped]:
     import pyarrow as pa  # half a second that other sources need not pay
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
-            _check_column(path, file.schema_arrow, text_field)
-            for batch in file.iter_batches(_ROWS, columns=[text_field]):
+            columns = [_check_column(path, file.schema_arrow, config.text_field, "text_field", "a document")]
+            if config.url_field is not None:
+                columns.append(
+                    _check_column(path, file.schema_arrow, config.url_field, "url_field", "an address")
+                )
+            for batch in file.iter_batches(_ROWS, columns=columns):
                 # As bytes, since pyarrow does not promise that strings are UTF-8.
-                for raw in batch.column(0).cast(pa.large_binary()).to_pylist():
-                    yield Dropped("null", 0) if raw is None else from_bytes(raw)
+                texts, *urls = (batch.column(name).cast(pa.large_binary()).to_pylist() for name in columns)
+                for raw, url in zip(texts, urls[0] if urls else repeat(None), strict=False):
+                    yield (
+                        Dropped("null", 0)
+                        if raw is None
+                        else from_bytes(raw, (url or b"").decode(errors="replace"))
+                    )
     except (pa.ArrowException, OSError) as error:
         raise DataError(
             f"{path}: this parquet file cannot be read ({_brief(error)}). It is cut or damaged: copy it again."
         ) from None
 
 
-def _check_column(path: Path, schema: Any, text_field: str) -> None:
+def _check_column(path: Path, schema: Any, name: str, setting: str, what: str) -> str:
+    """The name; raises `DataError` unless there is such a column, of strings."""
     import pyarrow as pa
 
-    if text_field not in schema.names:
+    if name not in schema.names:
         raise DataError(
-            f"{path}: there is no column {text_field!r}, only {', '.join(map(repr, schema.names))}. "
-            f"Set the source's text_field."
+            f"{path}: there is no column {name!r}, only {', '.join(map(repr, schema.names))}. "
+            f"Set the source's {setting}."
         )
-    kind = schema.field(text_field).type
+    kind = schema.field(name).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
         raise DataError(
-            f"{path}: column {text_field!r} holds {kind}, but a document must be a string. "
-            f"Set the source's text_field."
+            f"{path}: column {name!r} holds {kind}, but {what} must be a string. Set the source's {setting}."
         )
+    return name
 
 
 def _split(chunks: Iterable[bytes], separator: bytes) -> Iterator[bytes]:

@@ -6,7 +6,7 @@ from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
 
-from data_prep import output, report, shares, vocabulary
+from data_prep import given, output, report, shares, vocabulary
 from data_prep.chat import ChatTokenizer
 from data_prep.documents import Account, Document, Dropped, Source, nothing_left
 from data_prep.encoder import Encoder
@@ -81,6 +81,8 @@ def up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabul
         changed = [key for key, value in recipe.identity.items() if manifest.recipe.get(key) != value]
     elif [source.digest for source in manifest.sources] != list(digests):
         changed = ["the text of the sources"]
+    elif manifest.given and manifest.given != given.digests(recipe):
+        changed = ["the tests, lists or models that it names"]
     elif ready and any(not _is(manifest.tokenizer.files.get(p.name), p) for p in ready.files):
         changed = ["the tokenizer's files"]
     if changed:
@@ -141,14 +143,17 @@ def _encode(
     writers: dict[Split, SplitWriter],
     validation: ValidationSplit,
 ) -> SourceFacts:
-    account = Account()
+    account, tokens = Account(), 0
     for batch in _batches(watched(source.items(), f"encoding {source.name}")):
         for item in batch:
             account.reads(item)
         documents = [item for item in batch if isinstance(item, Document)]
         for document in documents:
             account.keeps(document)
-        shares.encode([document.text.encode() for document in documents], encoder, writers, validation)
+        tokens += shares.encode(
+            [document.text.encode() for document in documents], encoder, writers, validation
+        )
+    account.tokens = tokens
     return account.close(source.name, digest)
 
 
@@ -162,7 +167,7 @@ def _encode_chat(
     accounts = []
     for config, source, digest in zip(recipe.sources, sources, digests, strict=True):
         assert isinstance(config, ChatSource)
-        account = Account()
+        account = Account(tokens=0)
         for item in watched(source.items(), f"encoding {source.name}"):
             account.reads(item)
             if isinstance(item, Dropped):
@@ -175,6 +180,7 @@ def _encode_chat(
                     found.ids, found.num_bytes, found.mask
                 )
                 account.keeps(item)
+                account.tokens = (account.tokens or 0) + len(found.ids)
         accounts.append(account.close(source.name, digest))
     return accounts
 

@@ -33,6 +33,8 @@ class JsonlSource(Section):
     """Files or glob patterns, from the working folder; ** matches folders within folders."""
     text_field: NonEmpty = "text"
     """Key of the text in each object."""
+    url_field: NonEmpty | None = None
+    """Key of the address where the text was found, for clean.urls; null: none is read."""
 
 
 class ParquetSource(Section):
@@ -43,6 +45,8 @@ class ParquetSource(Section):
     """Files or glob patterns, from the working folder; ** matches folders within folders."""
     text_field: NonEmpty = "text"
     """Column of the text."""
+    url_field: NonEmpty | None = None
+    """Column of the address where the text was found, for clean.urls; null: none is read."""
 
 
 class WarcSource(Section):
@@ -51,6 +55,8 @@ class WarcSource(Section):
     type: Literal["warc"]
     paths: Patterns
     """Files or glob patterns, from the working folder; ** matches folders within folders."""
+    html: bool = False
+    """Pages in HTML too: what trafilatura takes for their text. false: they are dropped."""
 
 
 class HubSource(Section):
@@ -67,6 +73,8 @@ class HubSource(Section):
     """Commit, tag or branch; null: the newest."""
     text_field: NonEmpty = "text"
     """Column of the text."""
+    url_field: NonEmpty | None = None
+    """Column of the address where the text was found, for clean.urls; null: none is read."""
     max_documents: PositiveInt | None = None
     """Rows to read from the beginning; null: all."""
 
@@ -179,6 +187,10 @@ class DataRecipe(Section):
         page = self.model_dump(mode="json", exclude={"output": True, "executor": True, "tokenizer": {"fast"}})
         without_effect = {"clean": None, "duplicates": None, "decontaminate": None, "bad_rows": "stop"}
         page = {key: value for key, value in page.items() if without_effect.get(key, page) != value}
+        for block in (*page["sources"], page.get("clean", {})):
+            for key, value in (("url_field", None), ("html", False), ("urls", None)):
+                if block.get(key, block) == value:
+                    del block[key]
         if not self.is_staged:
             del page["part_megabytes"]
         return page
@@ -196,6 +208,27 @@ class DataRecipe(Section):
     def is_chat(self) -> bool:
         """Whether documents are conversations."""
         return any(isinstance(source, ChatSource) for source in self.sources)
+
+    @model_validator(mode="after")
+    def _addresses_are_known_where_they_count(self) -> "DataRecipe":
+        by_address = self.clean is not None and self.clean.urls is not None
+        for number, source in enumerate(self.sources):
+            field = getattr(source, "url_field", None)
+            if by_address and field is None and not isinstance(source, WarcSource):
+                raise ValueError(
+                    f"clean.urls drops by address, but sources.{number} ({source.type}) tells none: give it a "
+                    f"url_field (types jsonl, parquet and hub), or prepare it apart"
+                )
+            if field is not None and not by_address:
+                raise ValueError(
+                    f"url_field {field!r} of sources.{number} has no effect without clean.urls; remove it"
+                )
+        return self
+
+    @property
+    def reads_html(self) -> bool:
+        """Whether text is taken out of pages, by a library that decides what it is."""
+        return any(isinstance(source, WarcSource) and source.html for source in self.sources)
 
     @model_validator(mode="after")
     def _conversations_have_a_template(self) -> "DataRecipe":

@@ -59,6 +59,7 @@ def facts(data: TokenData, examples: Examples) -> dict[str, Any]:
                 "source": source.source,
                 "read": source.read.model_dump(),
                 "kept": source.kept.model_dump(),
+                "tokens": source.tokens,
                 "share of the bytes kept": round(source.kept.bytes / kept, 6) if kept else 0.0,
                 "dropped": {reason: amount.model_dump() for reason, amount in source.dropped.items()},
             }
@@ -113,7 +114,7 @@ def _html(page: Mapping[str, Any]) -> str:
             for source in page["sources"]
         ),
         _table(
-            ("source", "documents read", "kept", "dropped", "bytes kept"),
+            ("source", "documents read", "kept", "dropped", "bytes kept", "tokens"),
             [
                 (
                     source["source"],
@@ -121,6 +122,7 @@ def _html(page: Mapping[str, Any]) -> str:
                     source["kept"]["documents"],
                     source["read"]["documents"] - source["kept"]["documents"],
                     source["kept"]["bytes"],
+                    "unknown" if source["tokens"] is None else source["tokens"],
                 )
                 for source in page["sources"]
             ],

@@ -1,5 +1,8 @@
 """`turnout prepare RECIPE [key=value ...]`: text -> token shards, a tokenizer and a manifest."""
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -35,7 +38,7 @@ def command(
 ) -> None:
     """Turn text into token shards as RECIPE says; KEY=VALUE changes a setting of it."""
     log.setup()
-    with clean_exit():
+    with clean_exit(), _told_to_end():
         page = _load(recipe, overrides, executor)
         if page.is_staged:
             staged.prepare(page, staged.Asked(overwrite, stage, dry_run, click.echo))
@@ -45,6 +48,20 @@ def command(
             )
         else:
             prepare(page, overwrite=overwrite)
+
+
+@contextmanager
+def _told_to_end() -> Iterator[None]:
+    """SIGTERM as Ctrl-C: what is half done is removed and what Slurm has in its queue is cancelled."""
+
+    def end(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _load(recipe: Path, overrides: tuple[str, ...], executor: str | None) -> DataRecipe:

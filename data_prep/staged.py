@@ -3,16 +3,14 @@
 The folder NAME.stages beside the output holds what the stages made, so that a run that was stopped goes on from there.
 """
 
-import json
-import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data_prep import assemble, executors, output, records, vocabulary
+from data_prep import assemble, claim, executors, given, output, records, vocabulary
 from data_prep.documents import Source, nothing_left
 from data_prep.encode import Encode, MakeTokenizer, Part
 from data_prep.files import matches
@@ -28,7 +26,6 @@ from moe.data.shards import FileStamp, SourceFacts, TokenData
 from moe.errors import DataError
 
 STAGES = ("text", "tests", "marks", "verdicts", "tokenizer", "encode")
-_CLAIM = "stages.json"
 _DECIDING = ("datatrove", "ftfy", "numpy", "pyarrow", "rensa", "tokenizers")
 _FORMAT = 2
 
@@ -54,27 +51,33 @@ def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
     digests = [source.digest(found) for source, found in zip(sources, stamps, strict=True)]
     tokenizer = recipe.tokenizer
     ready = vocabulary.load(tokenizer) if isinstance(tokenizer, ExistingTokenizer) else None
-    if not (asked.overwrite or asked.stage or asked.dry_run) and up_to_date(recipe, digests, ready):
+    if not (asked.overwrite or asked.stage) and up_to_date(recipe, digests, ready):
         log.get().info("%s is up to date: nothing to do", recipe.folder)
         return TokenData.open(recipe.folder, verify=False)
     place = recipe.folder.resolve()
     work = place.with_name(f"{place.name}.stages")
-    work.parent.mkdir(parents=True, exist_ok=True)
     with ExitStack() as stack:
-        stack.enter_context(output.locked(work))
+        if not asked.dry_run:
+            work.parent.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(output.locked(work))
         page = {
             "recipe": recipe.identity,
             "sources": digests,
             "tokenizer": {path.name: FileStamp.of(path).xxh3_128 for path in ready.files} if ready else {},
-            "tests": _tests(recipe),
-            "versions": {name: _version(name) for name in _DECIDING},
+            "given": given.digests(recipe),
+            "versions": {
+                name: _version(name) for name in (*_DECIDING, *(["trafilatura"] if recipe.reads_html else []))
+            },
         }
-        _claim(work, page, asked)
+        is_anew = claim.claim(work, page, overwrite=asked.overwrite, look=asked.dry_run)
         at_work = stack.enter_context(executors.workers(recipe.executor))
-        run = _Run(recipe, work, records.key(_FORMAT, page["versions"]), asked, at_work)
+        run = _Run(recipe, work, records.key(_FORMAT, page["versions"]), asked, at_work, is_anew)
         try:
             made = run.all(sources, stamps)
         except _Enough:
+            return None
+        if asked.dry_run:
+            asked.say(f"all stages are done: {recipe.folder} is to be put together of what they made")
             return None
         with output.workspace(recipe.folder, replace=asked.overwrite) as folder:
             names = [source.name for source in sources]
@@ -92,7 +95,8 @@ class _Run:
     key: str
     asked: Asked
     workers: executors.Workers
-    names: dict[str, int] = field(default_factory=dict)
+    is_anew: bool
+    """Whether what is there is of another recipe, and to go."""
 
     def all(self, sources: Sequence[Source], stamps: Sequence[dict[str, FileStamp]]) -> assemble.Made:
         """Raises `_Enough` where the stage that was asked for is done."""
@@ -124,8 +128,9 @@ class _Run:
             for number, (do, reads) in enumerate(work)
         ]
         if self.asked.dry_run:
-            todo = [unit for unit in units if records.finished(unit) is None]
-            self.asked.say(f"{stage}: {len(units)} parts, {len(units) - len(todo)} of them done")
+            todo = [unit for unit in units if self.is_anew or records.finished(unit) is None]
+            then = f"; then {', '.join(self._after(stage))}" if todo and self._after(stage) else ""
+            self.asked.say(f"{stage}: {len(units)} parts, {len(units) - len(todo)} of them done{then}")
             if todo:
                 if plan := self.workers.plan(todo):
                     self.asked.say(plan)
@@ -140,15 +145,25 @@ class _Run:
             raise _Enough
         return units, found
 
+    def _after(self, stage: str) -> list[str]:
+        """The stages of this recipe that follow."""
+        skipped = {
+            "tests": self.recipe.decontaminate is None,
+            "marks": not (self.recipe.duplicates or self.recipe.decontaminate),
+        }
+        skipped["verdicts"] = skipped["marks"]
+        return [name for name in STAGES[STAGES.index(stage) + 1 :] if not skipped.get(name)]
+
     def _text(
         self, sources: Sequence[Source], stamps: Sequence[dict[str, FileStamp]]
     ) -> tuple[list[Unit], list[Record], list[int]]:
         size = self.recipe.part_megabytes * 10**6
+        lists = [given.of_clean(self.recipe.clean)]
         work, owners = [], []
         for number, (config, source) in enumerate(zip(self.recipe.sources, sources, strict=True)):
             for portion, files in portions(config, source, size):
                 do = ReadAndClean(portion, self.recipe.clean, self.recipe.bad_rows == "quarantine", size)
-                work.append((do, [stamps[number][str(path)] for path in files]))
+                work.append((do, [stamps[number][str(path)] for path in files] + lists))
                 owners.append(number)
         units, found = self.step("text", work)
         return units, found, owners
@@ -221,39 +236,6 @@ class _Run:
             tokenizer, tokens, list(zip(text, texts, owners, strict=True)),
             list(zip(encoded, ended, owners_of_parts, strict=True)),
         )  # fmt: skip
-
-
-def _claim(work: Path, page: dict[str, Any], asked: Asked) -> None:
-    """Make the folder of stages ours, or find that it is; raises `DataError` if another recipe's results are there."""
-    path = work / _CLAIM
-    if work.exists() and any(work.iterdir()) and not path.is_file():
-        raise DataError(
-            f"{work}: stages go here, but turnout did not make what is there. Use another output."
-        )
-    if path.is_file():
-        found = json.loads(path.read_bytes())
-        changed = [name for name, value in page.items() if found.get(name) != value]
-        if not changed:
-            return
-        if not asked.overwrite:
-            raise DataError(
-                f"{work}: stages of another recipe, text or library are there ({', '.join(changed)} changed). "
-                f"Use another output, or --overwrite to begin anew."
-            )
-        if asked.dry_run:
-            return
-        shutil.rmtree(work)
-    if not asked.dry_run:
-        work.mkdir(exist_ok=True)
-        unfinished = path.with_name(f".{_CLAIM}.unfinished")
-        unfinished.write_text(json.dumps(page, indent=2), encoding="utf-8")
-        unfinished.rename(path)
-
-
-def _tests(recipe: DataRecipe) -> list[str]:
-    if recipe.decontaminate is None:
-        return []
-    return [FileStamp.of(path).xxh3_128 for path in matches(recipe.decontaminate.paths)]
 
 
 def _version(name: str) -> str | None:

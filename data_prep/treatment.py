@@ -23,11 +23,32 @@ class LanguageFilter(Section):
     """How sure the model must be."""
 
 
+class UrlFilter(Section):
+    """Drop documents by the address where they were found; those that tell none are kept."""
+
+    block: list[PathText] = Field(default_factory=list)
+    """Files or glob patterns of lists, one entry a line: a domain, with all below it, or the address of one page."""
+    words: list[PathText] = Field(default_factory=list)
+    """Files or glob patterns of lists, one word a line, that must not stand in an address, between other signs."""
+    fineweb: bool = False
+    """FineWeb's lists too, which come with datatrove: domains, words, parts of words, words that two make suspect."""
+
+    @model_validator(mode="after")
+    def _something_is_blocked(self) -> "UrlFilter":
+        if not (self.block or self.words or self.fineweb):
+            raise ValueError(
+                "neither block nor words nor fineweb is set, so nothing is dropped; remove the block"
+            )
+        return self
+
+
 class Clean(Section):
     """What is done to each document on its own, in this order."""
 
     max_megabytes: PositiveInt = 100
     """Drop documents of more than so many 10^6 bytes."""
+    urls: UrlFilter | None = None
+    """Drop by address, where sources tell it (url_field, and type warc); null: none."""
     normalise: bool = True
     """Mend wrongly decoded text, and write one form of each character (ftfy)."""
     language: LanguageFilter | None = None

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal
 
 import xxhash
-from pydantic import AfterValidator, NonNegativeInt, PositiveInt, ValidationError, model_validator
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveInt, ValidationError, model_validator
 
 from moe.errors import DataError
 from moe.recipe import Section
@@ -168,6 +168,8 @@ class SourceFacts(Section):
     """By reason."""
     rewritten: int = 0
     """Bytes that cleaning added to texts, or took away if negative: read + rewritten = kept + dropped."""
+    tokens: int | None = None
+    """Of what was kept, with the ends of documents; null in folders made before they were counted by source."""
 
 
 class Manifest(Section):
@@ -180,6 +182,8 @@ class Manifest(Section):
     tokenizer: TokenizerFacts
     splits: dict[Split, SplitFacts]
     sources: list[SourceFacts]
+    given: dict[str, str] = Field(default_factory=dict)
+    """Hashes of the other files that the recipe names, by path: test sets, lists, models."""
 
     @model_validator(mode="after")
     def _shards_are_of_one_kind(self) -> "Manifest":

@@ -154,10 +154,12 @@ def _refuse_overuse(
         allowed = limit * epoch + (0 if source.epochs is None else len(sources) + 4)
         if use.samples > allowed:
             what = "max_epochs" if source.epochs is None else "epochs"
+            most = int(steps * limit / use.epochs)
+            fewer = f" at most {most} train.steps," if most else ""
             faults.append(
                 f"data.mixture: {steps} steps would see source {source.name} {use.epochs:.2f} times ({use.samples} of "
-                f"its {epoch} sequences), but its {what} is {limit:g}. Use a smaller weight, at most "
-                f"{int(steps * limit / use.epochs)} train.steps, or a larger {what}."
+                f"its {epoch} sequences), but its {what} is {limit:g}. Use a smaller weight,{fewer} or a "
+                f"larger {what}."
             )
     if faults:
         raise ConfigError("\n       ".join(faults))

@@ -185,6 +185,7 @@ def test_what_cannot_be_trained_on_is_dropped_and_accounted_for(tmp_path: Path) 
         "a special token in a message": 1,
         "more than max_tokens": 1,
     }
+    assert facts.tokens == sum(data.num_tokens(split) for split in data.manifest.splits)
     assert facts.kept.documents == len(CONVERSATIONS) == len(Conversations(data, "train"))
     assert facts.read.documents == len(CONVERSATIONS) + len(odd)
 

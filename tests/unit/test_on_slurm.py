@@ -154,7 +154,7 @@ def test_the_executor_of_the_command_line_takes_the_place_of_the_recipes(tmp_pat
     executor = {"type": "slurm", "partition": "big"}
     recipe = page(tmp_path, [{"type": "jsonl", "paths": [str(path)]}], executor=executor)
     told = run(tmp_path, recipe, "--executor", "local", "--dry-run").stdout
-    assert told == "text: 1 parts, 0 of them done\n"
+    assert told == "text: 1 parts, 0 of them done; then tokenizer, encode\n"
     assert "--partition=big" in run(tmp_path, recipe, "--executor", "slurm", "--dry-run").stdout
 
 

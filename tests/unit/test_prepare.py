@@ -27,6 +27,7 @@ from tests.unit.corpus import (
     contents,
     page,
     prepared,
+    refused,
     run,
     texts_in,
     write_jsonl,
@@ -62,7 +63,9 @@ def test_the_manifest_accounts_for_every_document_and_byte(tmp_path: Path) -> No
     lines = [json.dumps({"text": text}) for text in [*TEXTS, *good, "", " \n\t", None]]
     raw = "\n".join([*lines, cut, ""]).encode() + b'{"text": "\xff\xfe"}\n\n'
     path = write_text(tmp_path / "a.jsonl", raw)
-    (facts,) = prepared(tmp_path, [{"type": "jsonl", "paths": [str(path)]}]).manifest.sources
+    data = prepared(tmp_path, [{"type": "jsonl", "paths": [str(path)]}])
+    (facts,) = data.manifest.sources
+    assert facts.tokens == data.num_tokens("train") + data.num_tokens("validation")
     kept = sum(len(text.encode()) for text in TEXTS + good)
     assert facts.read.model_dump() == {"documents": len(TEXTS) + 7, "bytes": kept + 3 + 0 + 8 + 14}
     assert facts.kept.model_dump() == {"documents": len(TEXTS) + 2, "bytes": kept}
@@ -132,6 +135,18 @@ def test_a_dataset_through_the_hubs_library(tmp_path: Path) -> None:
     assert all_texts(prepared(tmp_path, [source])) == sorted(TEXTS)
     (tmp_path / "less").mkdir()
     assert all_texts(prepared(tmp_path / "less", [source | {"max_documents": 50}])) == sorted(TEXTS[:50])
+
+
+@pytest.mark.parametrize("executor", [None, {"workers": 1}], ids=["piece", "stages"])
+def test_a_dataset_in_a_folder_that_changed_is_not_up_to_date(tmp_path: Path, executor: Any) -> None:
+    (tmp_path / "set").mkdir()
+    write_jsonl(tmp_path / "set" / "train.jsonl", TEXTS)
+    source = {"type": "hub", "dataset": str(tmp_path / "set")}
+    recipe = page(tmp_path, [source], executor=executor)
+    assert run(tmp_path, recipe).exit_code == 0
+    assert "up to date" in run(tmp_path, recipe).stderr
+    write_jsonl(tmp_path / "set" / "train.jsonl", TEXTS[1:])
+    refused(run(tmp_path, recipe), "the text of the sources changed", "--overwrite")
 
 
 def test_the_standard_library_is_enough_text_and_always_the_same() -> None:

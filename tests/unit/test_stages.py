@@ -73,6 +73,7 @@ def _sums(data: TokenData) -> None:
         data.num_documents(split) for split in splits
     )
     assert sum(source.kept.bytes for source in sources) == sum(data.num_bytes(split) for split in splits)
+    assert sum(source.tokens or 0 for source in sources) == sum(data.num_tokens(split) for split in splits)
 
 
 def test_copies_go_and_every_document_is_accounted_for(tmp_path: Path) -> None:
@@ -257,10 +258,55 @@ def test_a_stage_does_not_begin_on_a_partial_one(tmp_path: Path) -> None:
 def test_a_dry_run_tells_and_does_nothing(tmp_path: Path) -> None:
     recipe = page(tmp_path, _pages(tmp_path / "in"), **STAGED)
     told = run(tmp_path, recipe, "--dry-run")
-    assert told.stdout == "text: 3 parts, 0 of them done\n"
-    assert not (tmp_path / f"{PREPARED}.stages").exists()
-    assert run(tmp_path, recipe).exit_code == 0
-    assert "encode: 3 parts, 3 of them done" in run(tmp_path, recipe, "--dry-run").stdout
+    assert told.stdout == "text: 3 parts, 0 of them done; then marks, verdicts, tokenizer, encode\n"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in", "recipe.yaml"]
+    made = contents(prepared(tmp_path, _pages(tmp_path / "more"), **STAGED).folder)
+    recipe = page(tmp_path, _pages(tmp_path / "again"), **STAGED)
+    refused(run(tmp_path, recipe, "--dry-run"), "--overwrite")
+    told = run(tmp_path, recipe, "--dry-run", "--overwrite")
+    assert told.stdout.startswith("text: 3 parts, 0 of them done")
+    assert contents(tmp_path / PREPARED) == made
+
+
+def test_a_dry_run_over_what_is_done_says_so(tmp_path: Path) -> None:
+    sources = _pages(tmp_path / "in")
+    prepared(tmp_path, sources, **STAGED)
+    recipe = page(tmp_path, sources, **STAGED)
+    told = run(tmp_path, recipe, "--dry-run")
+    assert (told.exit_code, told.stdout) == (0, "")
+    assert "up to date" in told.stderr
+    shutil.rmtree(tmp_path / PREPARED)
+    told = run(tmp_path, recipe, "--dry-run")
+    assert "encode: 3 parts, 3 of them done\nall stages are done" in told.stdout
+    assert not (tmp_path / PREPARED).exists()
+
+
+def test_a_recipe_that_failed_at_once_can_be_mended_without_overwriting(tmp_path: Path) -> None:
+    sources = _pages(tmp_path / "in")
+    bad = {**STAGED, "clean": {"language": {"keep": ["en"], "model": "no/such.bin"}}}
+    refused(run(tmp_path, page(tmp_path, sources, **bad)), "no/such.bin", "leave clean.language out")
+    prepared(tmp_path, sources, **STAGED)
+
+
+def test_a_torn_page_of_stages_is_no_page_of_this_recipe(tmp_path: Path) -> None:
+    sources = _pages(tmp_path / "in")
+    prepared(tmp_path, sources, **STAGED)
+    shutil.rmtree(tmp_path / PREPARED)
+    cut(tmp_path / f"{PREPARED}.stages" / "stages.json")
+    refused(run(tmp_path, page(tmp_path, sources, **STAGED)), "--overwrite to begin anew")
+
+
+def test_a_command_that_is_told_to_end_leaves_nothing_half_done(tmp_path: Path) -> None:
+    recipe = page(
+        tmp_path, _pages(tmp_path / "in"), **{**STAGED, "executor": {"workers": 1}}, part_megabytes=1
+    )
+    process = _turnout(tmp_path, recipe)
+    until = time.monotonic() + 60
+    while not list((tmp_path).glob(f"{PREPARED}.stages/text/*")) and time.monotonic() < until:
+        time.sleep(0.01)
+    process.terminate()
+    assert process.wait(60) == 1
+    assert not [path for path in tmp_path.rglob("*") if "unfinished" in path.name or "lock" in path.name]
 
 
 def _turnout(folder: Path, recipe: Mapping[str, Any]) -> subprocess.Popen[bytes]:
@@ -298,3 +344,17 @@ def test_killed_at_random_moments_and_run_again_the_bytes_are_the_same(tmp_path:
     _killed_again_and_again(tmp_path / "killed", sources, kills, longest=3.0)
     assert contents(tmp_path / "killed" / PREPARED) == contents(calm.folder)
     assert not list(tmp_path.rglob("*.unfinished"))
+
+
+def test_another_test_set_over_the_same_output_is_refused(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [*TEXTS, *LONG])
+    tests = write_jsonl(tmp_path / "eval.jsonl", [LONG[0]])
+    settings = {"decontaminate": {"paths": [str(tests)]}, "executor": {"workers": 1}}
+    sources = [{"type": "jsonl", "paths": [str(path)]}]
+    assert prepared(tmp_path, sources, **settings).manifest.sources[0].dropped["contaminated"].documents == 1
+    write_jsonl(tests, [LONG[0], LONG[5]])
+    recipe = page(tmp_path, sources, **settings)
+    refused(run(tmp_path, recipe), "the tests, lists or models that it names changed", "--overwrite")
+    assert run(tmp_path, recipe, "--overwrite").exit_code == 0
+    data = TokenData.open(tmp_path / PREPARED, verify=True)
+    assert data.manifest.sources[0].dropped["contaminated"].documents == 2

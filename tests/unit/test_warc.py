@@ -117,3 +117,96 @@ def test_without_warcio_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(sys.modules, "warcio", None)
     result = run(tmp_path, page(tmp_path, [{"type": "warc", "paths": ["a.warc"]}]))
     refused(result, "pip install 'turnout[warc]'")
+
+
+HTML = "'turnout[html]' brings trafilatura"
+SAID = [
+    "The signal at the turnout stood at red for most of the day, and nobody in the yard could say why it did so.",
+    "A second paragraph tells of wagons that were moved to the siding before noon, with care and little haste.",
+]
+
+
+def _page(paragraphs: list[str], head: str = "") -> str:
+    text = "".join(f"<p>{paragraph}</p>" for paragraph in paragraphs)
+    menu = "<nav><ul><li><a href='/'>Home</a></li><li><a href='/all'>All pages</a></li></ul></nav>"
+    return f"<html><head>{head}<title>t</title></head><body>{menu}<article>{text}</article></body></html>"
+
+
+def _web(path: Path, pages: list[tuple[str, str, bytes]]) -> Path:
+    """Responses of (address, content type, content)."""
+    pytest.importorskip("warcio", reason=REASON)
+    from warcio.statusandheaders import StatusAndHeaders
+    from warcio.warcwriter import BufferWARCWriter
+
+    writer = BufferWARCWriter(gzip=False)
+    for url, kind, content in pages:
+        told = StatusAndHeaders("200 OK", [("Content-Type", kind)], protocol="HTTP/1.1")
+        record = writer.create_warc_record(url, "response", payload=io.BytesIO(content), http_headers=told)
+        writer.write_record(record)
+    return write_text(path, writer.get_contents())
+
+
+def test_the_text_of_pages_is_taken_and_what_has_none_is_counted(tmp_path: Path) -> None:
+    for module in ("datatrove", "trafilatura"):
+        pytest.importorskip(module, reason=HTML)
+    russian = [
+        "\u0421\u0438\u0433\u043d\u0430\u043b \u0431\u044b\u043b \u043a\u0440\u0430\u0441\u043d\u044b\u043c. "
+        * 8
+    ]
+    pages = [
+        ("http://a.example/1", "text/html; charset=utf-8", _page(SAID).encode()),
+        ("http://a.example/2", "text/html; charset=windows-1251", _page(russian).encode("windows-1251")),
+        (
+            "http://a.example/3",
+            "application/xhtml+xml",
+            _page(["na\u00efve " * 40], "<meta charset='latin-1'>").encode("latin-1"),
+        ),
+        ("http://a.example/4", "text/html", b"<html>\xff</html>"),
+        ("http://a.example/5", "text/html; charset=no-such", b"<html>\xff</html>"),
+        ("http://a.example/6", "text/html", b"<html></html>"),
+        ("http://a.example/7", "image/png", b"\x89PNG"),
+        *((f"http://a.example/{n}", "text/html", _page(SAID).encode()) for n in range(8, 16)),
+    ]
+    path = _web(tmp_path / "a.warc.gz", pages)
+    data = prepared(
+        tmp_path,
+        [{"type": "warc", "paths": [str(path)], "html": True}],
+        executor={"workers": 1},
+        validation={"fraction": 0.0},
+    )
+    (source,) = data.manifest.sources
+    assert {why: amount.documents for why, amount in source.dropped.items()} == {
+        "no plain text": 1,
+        "no text in the page": 1,
+        "unknown encoding": 2,
+    }
+    found = all_texts(data)
+    assert found.count("\n".join(SAID)) == 9  # trafilatura's own memory of what it has seen would drop some
+    assert len(found) == 11
+    assert any(text.startswith("\u0421\u0438\u0433\u043d\u0430\u043b \u0431\u044b\u043b") for text in found)
+    assert any(text.startswith("na\u00efve na\u00efve") for text in found)
+    assert not any("Home" in text or "All pages" in text for text in found)
+
+
+def test_pages_are_dropped_by_their_address(tmp_path: Path) -> None:
+    addresses = [f"http://{'bad' if number % 3 else 'good'}.example/{number}" for number in range(30)]
+    path = _web(
+        tmp_path / "a.warc",
+        [(url, "text/plain", text.encode()) for url, text in zip(addresses, TEXTS, strict=False)],
+    )
+    write_text(tmp_path / "block.txt", b"bad.example\n")
+    data = prepared(
+        tmp_path,
+        [{"type": "warc", "paths": [str(path)]}],
+        clean={"urls": {"block": [str(tmp_path / "block.txt")]}},
+        executor={"workers": 1},
+    )
+    assert all_texts(data) == sorted(TEXTS[:30:3])
+    assert data.manifest.sources[0].dropped["address: blocked"].documents == 20
+
+
+def test_without_trafilatura_it_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = _web(tmp_path / "a.warc", [("http://a.example", "text/html", b"<p>")])
+    monkeypatch.setitem(sys.modules, "trafilatura", None)
+    result = run(tmp_path, page(tmp_path, [{"type": "warc", "paths": [str(path)], "html": True}]))
+    refused(result, "pip install 'turnout[html]'", "leave it out")

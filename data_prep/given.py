@@ -1,0 +1,27 @@
+"""Files that a recipe names beside its sources -> their hashes: test sets, lists of addresses, a model of languages."""
+
+from pathlib import Path
+
+from data_prep.files import matches
+from data_prep.recipe import DataRecipe
+from data_prep.treatment import Clean
+from moe.data.shards import FileStamp
+
+
+def digests(recipe: DataRecipe) -> dict[str, str]:
+    """By path. Raises `DataError` for a pattern that nothing matches."""
+    tests = matches(recipe.decontaminate.paths) if recipe.decontaminate else ()
+    return {**of_clean(recipe.clean), **_hashed(tests)}
+
+
+def of_clean(clean: Clean | None) -> dict[str, str]:
+    """Those that cleaning reads."""
+    if clean is None:
+        return {}
+    model = Path(clean.language.model) if clean.language else None
+    patterns = [*clean.urls.block, *clean.urls.words] if clean.urls else []
+    return _hashed((*matches(patterns), *([model] if model and model.is_file() else [])))
+
+
+def _hashed(paths: tuple[Path, ...]) -> dict[str, str]:
+    return {str(path): FileStamp.of(path).xxh3_128 for path in paths}
