@@ -49,19 +49,19 @@ class Shards:
     validation: ValidationSplit
     writers: dict[Split, SplitWriter]
     documents: int = 0
-    bytes: int = 0
+    num_bytes: int = 0
 
     def write(self, texts: Sequence[bytes]) -> None:
         """Append documents of UTF-8."""
         shares.encode(texts, self.encoder, self.writers, self.validation)
         self.documents += len(texts)
-        self.bytes += sum(map(len, texts))
+        self.num_bytes += sum(map(len, texts))
 
     def close(self) -> Facts:
         """What was kept, and the splits."""
         splits = {split: writer.close() for split, writer in self.writers.items()}
         return {
-            "kept": {"documents": self.documents, "bytes": self.bytes},
+            "kept": {"documents": self.documents, "bytes": self.num_bytes},
             "splits": {split: facts.model_dump() for split, facts in splits.items() if facts},
         }
 
