@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_prep import documents, given, report
-from data_prep.encode import SPLITS
+from data_prep.encoding import SPLITS
 from data_prep.prepare import check_splits
 from data_prep.recipe import DataRecipe
 from data_prep.records import Record, Unit

@@ -14,9 +14,7 @@ import sys
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
@@ -28,6 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 from data_prep import corpus, peers, vocabulary
+from data_prep.contenders import ENCODE, MEMORY, NEAR, Contender
 from data_prep.encoder import Encoder
 from data_prep.recipe import ExistingTokenizer
 from moe import log
@@ -44,53 +43,6 @@ _LIBRARIES = (
     "pyarrow",
     "numpy",
 )
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A way to do it: `run(files, tokenizer, folder, workers)`; `needs` names the packages that it takes."""
-
-    run: Callable[[Sequence[Path], Path, Path, int], None]
-    needs: tuple[str, ...] = ()
-    is_slow: bool = False
-
-
-def _turnout(
-    files: Sequence[Path], tokenizer: Path, folder: Path, workers: int, *, fast: bool = True
-) -> None:
-    """The whole road of a recipe, as `turnout prepare` goes it."""
-    from data_prep import staged
-    from data_prep.recipe import DataRecipe
-
-    page = {
-        "name": "bench",
-        "output": str(folder / "data"),
-        "sources": [{"type": "jsonl", "paths": [str(path) for path in files]}],
-        "tokenizer": {"type": "file", "path": str(tokenizer), "fast": fast},
-        "executor": {"workers": workers},
-        "part_megabytes": 16,
-    }
-    staged.prepare(DataRecipe.model_validate(page), staged.Asked())
-
-
-ENCODE = {
-    "turnout prepare, in stages": Contender(_turnout, ("gigatoken",)),
-    "raw loop, gigatoken": Contender(peers.raw_fast, ("gigatoken",)),
-    "turnout prepare, without gigatoken": Contender(partial(_turnout, fast=False), is_slow=True),
-    "raw loop, encode_batch_fast": Contender(peers.raw_reference, (), is_slow=True),
-    "Megatron-Core, its writer and a pool": Contender(peers.megatron, ("megatron",), is_slow=True),
-    "datasets.map": Contender(peers.datasets_map, ("datasets",), is_slow=True),
-    "datatrove, DocumentTokenizer": Contender(peers.datatrove_tokens, ("datatrove", "orjson"), is_slow=True),
-}
-NEAR = {
-    "turnout, marks": Contender(peers.marks, ("rensa",)),
-    "datatrove, signatures, words of spaCy (its default)": Contender(
-        peers.datatrove_signatures, ("datatrove", "orjson", "spacy"), is_slow=True
-    ),
-    "datatrove, signatures, our words": Contender(
-        peers.datatrove_signatures_fast, ("datatrove", "orjson"), is_slow=True
-    ),
-}
 
 
 @click.group()
@@ -164,7 +116,7 @@ def one(name: str, tokenizer: Path, folder: Path, workers: int, files: tuple[Pat
     """Run one contender and print its seconds."""
     began = time.perf_counter()
     with clean_exit():
-        {**ENCODE, **NEAR}[name].run(files, tokenizer, folder, workers)
+        {**ENCODE, **NEAR, **MEMORY}[name].run(files, tokenizer, folder, workers)
     wall = time.perf_counter() - began
     uses = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
     figures = {
@@ -177,19 +129,34 @@ def one(name: str, tokenizer: Path, folder: Path, workers: int, files: tuple[Pat
 
 @command.command()
 @click.option("--megabytes", type=click.IntRange(1), default=40, show_default=True)
+@click.option("--times", type=click.IntRange(2), default=8, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--text", type=click.Path(path_type=Path), help="A folder of text instead.")
-def memory(megabytes: int, workers: int, text: Path | None) -> None:
-    """The most memory that a process of `turnout prepare` holds, for so much text and for 8 times as much."""
+def memory(megabytes: int, times: int, workers: int, text: Path | None) -> None:
+    """The most memory that a process of `turnout prepare` holds, for so much text and for some times as much of it."""
     log.setup()
     with clean_exit(), tempfile.TemporaryDirectory() as place:
-        for times in (1, 8):
-            here = Path(place) / str(times)
-            here.mkdir()
-            files = corpus.make(here, text or Path(sysconfig.get_path("purelib")), times * megabytes, workers)
-            found = _child(next(iter(ENCODE)), corpus.tokenizer(here, files), here / "made", workers, files)
-            size = corpus.num_bytes(files) / 1e6
-            click.echo(f"{size:7.0f} MB of text: {found['peak'] / 2**20:6.0f} MiB, {found['wall']:.1f} s")
+        for name in (name for name, way in MEMORY.items() if all(map(find_spec, way.needs))):
+            for size, peak in growth(Path(place) / name, name, megabytes, times, workers, text):
+                click.echo(f"{name}: {size / 1e6:4.0f} MB of text, {peak / 2**20:4.0f} MiB")
+
+
+def growth(
+    place: Path, name: str, megabytes: int, times: int, workers: int, text: Path | None = None
+) -> list[tuple[int, float]]:
+    """Of a way in `MEMORY`: bytes of text, and of its largest process; once, and for so many copies of each document.
+
+    Copies differ by a number, and their lengths are the same: a long document takes its memory, however many there are.
+    """
+    found = []
+    for copies in (1, times):
+        here = place / str(copies)
+        here.mkdir(parents=True)
+        root = text or Path(sysconfig.get_path("purelib"))
+        files = corpus.make(here, root, megabytes, workers, copies=copies)
+        peak = _child(name, corpus.tokenizer(here, files), here / "made", workers, files)["peak"]
+        found.append((corpus.num_bytes(files), peak))
+    return found
 
 
 def _bench(

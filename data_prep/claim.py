@@ -1,13 +1,32 @@
-"""A folder of stages -> whose it is: the recipe, text and libraries that what lies in it was made from."""
+"""All that decides what stages make -> a page in their folder, by which later runs know whose it is."""
 
 import json
 import shutil
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from data_prep import given
+from data_prep.recipe import DataRecipe
+from moe.data.shards import FileStamp
 from moe.errors import DataError
 
 _NAME = "stages.json"
+_DECIDING = ("datatrove", "ftfy", "numpy", "pyarrow", "rensa", "tokenizers")
+_DECIDING_OF_PAGES = ("trafilatura",)
+
+
+def page(recipe: DataRecipe, digests: Sequence[str | None], tokenizer: Sequence[Path]) -> dict[str, Any]:
+    """`digests` are those of the sources, `tokenizer` the files of one made before."""
+    deciding = _DECIDING + (_DECIDING_OF_PAGES if recipe.reads_html else ())
+    return {
+        "recipe": recipe.identity,
+        "sources": digests,
+        "tokenizer": {path.name: FileStamp.of(path).xxh3_128 for path in tokenizer},
+        "given": given.digests(recipe),
+        "versions": {name: _version(name) for name in deciding},
+    }
 
 
 def claim(work: Path, page: dict[str, Any], *, overwrite: bool, look: bool) -> bool:
@@ -52,3 +71,10 @@ def _changed(path: Path, page: dict[str, Any]) -> list[str]:
 def _holds_results(work: Path) -> bool:
     """Whether anything came of it: a recipe that failed at once, and is mended, need not be told to overwrite."""
     return any(not path.name.endswith(".unfinished") for path in work.glob("*/*"))
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None

@@ -13,20 +13,25 @@ FILES_A_WORKER = 10
 _KINDS = {".py", ".md", ".rst", ".txt"}
 
 
-def make(place: Path, root: Path, megabytes: int, workers: int) -> list[Path]:
-    """JSON lines of equal text in ten files a worker; for its size see `num_bytes`."""
+def make(place: Path, root: Path, megabytes: int, workers: int, *, copies: int | None = None) -> list[Path]:
+    """JSON lines of equal text in ten files a worker; for its size see `num_bytes`.
+
+    With `copies`, so many of each document, and the number of the copy before its text: more text of the same kind.
+    """
     count = workers * FILES_A_WORKER
     files = [place / f"{number:02d}.jsonl" for number in range(count)]
     sizes = [0] * count
     pages = [path.open("w", encoding="utf-8") for path in files]
-    left = megabytes * 10**6
-    for text in _read(root):
-        number = sizes.index(min(sizes))
-        pages[number].write(json.dumps({"text": text.text}) + "\n")
-        sizes[number] += text.num_bytes
-        left -= text.num_bytes
-        if left <= 0:
-            break
+    for copy in range(copies or 1):
+        left = megabytes * 10**6
+        for text in _read(root):
+            number = sizes.index(min(sizes))
+            begins = "" if copies is None else f"{copy} "
+            pages[number].write(json.dumps({"text": begins + text.text}) + "\n")
+            sizes[number] += len(begins) + text.num_bytes
+            left -= text.num_bytes
+            if left <= 0:
+                break
     for page, path, size in zip(pages, files, sizes, strict=True):
         page.close()
         with _sized(path).open("wb") as file:

@@ -1,23 +1,21 @@
 """Parts and verdicts -> shards of each split, and what became of each document."""
 
 from collections import Counter
-from contextlib import ExitStack
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
-from data_prep import parts, report, shares, vocabulary
+from data_prep import parts, report, vocabulary
 from data_prep.documents import Document, Source
-from data_prep.encoder import Encoder
-from data_prep.recipe import BpeTokenizer, ExistingTokenizer, ValidationSplit
+from data_prep.encoding import Encoding
+from data_prep.recipe import BpeTokenizer, ExistingTokenizer
 from data_prep.records import Facts
-from data_prep.splits import SplitWriter
+from data_prep.texts import ReadAndClean
 from data_prep.verdicts import REASONS
-from moe.data.shards import TOKENIZER_NAME, FileStamp, Split, token_dtype
+from moe.data.shards import TOKENIZER_NAME
 
-SPLITS: tuple[Split, ...] = ("train", "validation")
+_BATCH_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -68,25 +66,14 @@ class Encode:
     """The work of a unit: the shards of one part."""
 
     part: Part
-    tokenizer: Path
-    eos_token: str
-    pad_token: str
-    fast: bool
-    validation: ValidationSplit
-    shard_tokens: int
+    encoding: Encoding
 
     def __call__(self, folder: Path) -> Facts:
-        page = FileStamp.of(self.tokenizer / "tokenizer.json").xxh3_128
-        encoder = _encoder(self.tokenizer, page, self.eos_token, self.pad_token, self.fast)
         verdicts_D = self.part.load()
-        dtype = token_dtype(encoder.vocabulary.size)
         dropped: dict[str, Counter[str]] = {}
         examples: dict[str, list[str]] = {}
-        documents = size = at = 0
-        with ExitStack() as stack:
-            writers = {split: SplitWriter(folder, split, dtype, self.shard_tokens) for split in SPLITS}
-            for writer in writers.values():
-                stack.callback(writer.abandon)
+        at = 0
+        with self.encoding.open(folder) as shards:
             for batch in parts.texts(self.part.texts):
                 kept = batch
                 if verdicts_D is not None:
@@ -100,20 +87,39 @@ class Encode:
                                 examples.setdefault(REASONS[verdict], []).append(begins)
                             count.update(documents=1, bytes=len(text))
                 at += len(batch)
-                documents += len(kept)
-                size += sum(map(len, kept))
-                shares.encode(kept, encoder, writers, self.validation)
-            splits = {split: writer.close() for split, writer in writers.items()}
+                shards.write(kept)
+            facts = shards.close()
+        read = facts["kept"]["bytes"] + sum(count["bytes"] for count in dropped.values())
         return {
-            "read": {"documents": at, "bytes": size + sum(count["bytes"] for count in dropped.values())},
-            "kept": {"documents": documents, "bytes": size},
+            **facts,
+            "read": {"documents": at, "bytes": read},
             "dropped": {reason: dict(count) for reason, count in dropped.items()},
             "examples": examples,
-            "splits": {split: facts.model_dump() for split, facts in splits.items() if facts},
         }
 
 
-@lru_cache(maxsize=1)  # a worker encodes part after part; `page`, a hash, is there for the key
-def _encoder(folder: Path, page: str, eos_token: str, pad_token: str, fast: bool) -> Encoder:
-    config = ExistingTokenizer(type="file", path=str(folder), eos_token=eos_token, pad_token=pad_token)
-    return Encoder(vocabulary.load(config), fast=fast)
+@dataclass(frozen=True)
+class ReadAndEncode:
+    """The work of a unit: `ReadAndClean` and `Encode` in one, of text that is nothing between them to look at."""
+
+    read: ReadAndClean
+    encoding: Encoding
+
+    def __call__(self, folder: Path) -> Facts:
+        batch: list[bytes] = []
+        waiting = 0
+
+        def keep(text: bytes, _: int) -> None:
+            nonlocal waiting
+            batch.append(text)
+            waiting += len(text)
+            if waiting >= _BATCH_BYTES:
+                shards.write(batch)
+                batch.clear()
+                waiting = 0
+
+        with self.encoding.open(folder) as shards:
+            facts = self.read.read(folder, keep)
+            shards.write(batch)
+            ends = shards.close()
+        return {**facts, **ends, "read": ends["kept"], "dropped": {}, "examples": {}}

@@ -8,7 +8,7 @@ Texts with characters so young that two libraries may hold them for different ki
 import json
 import sys
 import unicodedata
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -26,6 +26,7 @@ from moe.errors import DataError
 _ASCII = bytes(range(128))
 _SHARE = 512
 _LONGEST_CHECKED = 20_000
+_GROUP_BYTES = 200_000
 _PROBES = (
     " ",
     "\n\n\n",
@@ -70,17 +71,20 @@ class Encoder:
         if not texts:
             return Ids(np.empty(0, self._dtype), np.empty(0, np.int64))
         if self._fast is None:
-            return self._join([np.array(ids, self._dtype) for ids in self._reference(texts)])
+            return self._join(self._reference(texts))
         rows = _encoded(self._fast, texts)
         young = [at for at, text in enumerate(texts) if _is_young(text)]
         for at, ids in zip(young, self._reference(texts[at] for at in young), strict=True):
-            rows[at] = np.array(ids, np.uint32)
+            rows[at] = ids
         self._compare(texts, rows)
         return self._join(rows)
 
-    def _reference(self, texts: Iterable[bytes]) -> list[list[int]]:
-        strings = [text.decode() for text in texts]
-        return [e.ids for e in self.vocabulary.tokenizer.encode_batch_fast(strings, add_special_tokens=False)]
+    def _reference(self, texts: Iterable[bytes]) -> list[npt.NDArray[Any]]:
+        return [
+            np.array(encoding.ids, self._dtype)
+            for group in _groups(texts)
+            for encoding in self.vocabulary.tokenizer.encode_batch_fast(group, add_special_tokens=False)
+        ]
 
     def _join(self, rows: Sequence[npt.NDArray[Any]]) -> Ids:
         lengths_D = np.fromiter(map(len, rows), np.int64, len(rows)) + 1
@@ -88,14 +92,28 @@ class Encoder:
         parts = [part for row in rows for part in (row, end)]
         return Ids(np.concatenate(parts, dtype=self._dtype, casting="unsafe"), lengths_D)
 
-    def _compare(self, texts: Sequence[bytes], rows: Sequence[npt.NDArray[np.uint32]]) -> None:
+    def _compare(self, texts: Sequence[bytes], rows: Sequence[npt.NDArray[Any]]) -> None:
         chosen = [at for at, text in enumerate(texts) if len(text) <= _LONGEST_CHECKED and _is_checked(text)]
         for at, ids in zip(chosen, self._reference(texts[at] for at in chosen), strict=True):
-            if rows[at].tolist() != ids:
+            if not np.array_equal(rows[at], ids):
                 raise DataError(
                     f"gigatoken and tokenizers encode {texts[at].decode()!r:.80} in different ways. Nothing was "
                     f"written: set tokenizer.fast=false, which is slow and exact."
                 )
+
+
+def _groups(texts: Iterable[bytes]) -> Iterator[list[str]]:
+    """As strings, a few at a time: what `tokenizers` says of a text takes thirty times the room of its ids."""
+    group: list[str] = []
+    size = 0
+    for text in texts:
+        group.append(text.decode())
+        size += len(text)
+        if size >= _GROUP_BYTES:
+            yield group
+            group, size = [], 0
+    if group:
+        yield group
 
 
 def _is_checked(text: bytes) -> bool:

@@ -11,16 +11,15 @@ from moe.data.shards import FileStamp
 def digests(recipe: DataRecipe) -> dict[str, str]:
     """By path. Raises `DataError` for a pattern that nothing matches."""
     tests = matches(recipe.decontaminate.paths) if recipe.decontaminate else ()
-    return {**of_clean(recipe.clean), **_hashed(tests)}
+    return _hashed((*_of_clean(recipe.clean), *tests))
 
 
-def of_clean(clean: Clean | None) -> dict[str, str]:
-    """Those that cleaning reads."""
+def _of_clean(clean: Clean | None) -> tuple[Path, ...]:
     if clean is None:
-        return {}
+        return ()
     model = Path(clean.language.model) if clean.language else None
     patterns = [*clean.urls.block, *clean.urls.words] if clean.urls else []
-    return _hashed((*matches(patterns), *([model] if model and model.is_file() else [])))
+    return (*matches(patterns), *([model] if model and model.is_file() else []))
 
 
 def _hashed(paths: tuple[Path, ...]) -> dict[str, str]:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from multiprocessing.util import register_after_fork
 from pathlib import Path
 
 from moe.data.shards import MANIFEST_NAME, Manifest
@@ -84,6 +85,9 @@ def locked(place: Path) -> Iterator[None]:
     """Hold `place` against other runs; raises `DataError` if one holds it."""
     path = place.with_name(f".{place.name}.lock")
     with path.open("w") as file:
+        register_after_fork(
+            file, lambda held: held.close()
+        )  # or workers would hold the place when we are killed
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             held = os.path.samestat(os.fstat(file.fileno()), path.stat())

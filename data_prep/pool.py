@@ -2,6 +2,9 @@
 
 `concurrent.futures` does the work: unlike `multiprocessing.Pool`, which datatrove's local executor uses and which
 waits for ever for a worker that was killed, it says at once that one is gone.
+
+Processes are forked where this one has a single thread of Python's: they are there at once, and import nothing anew,
+which else takes longer than to encode 50 MB. The threads of numpy and pyarrow know of forks.
 """
 
 import atexit
@@ -10,6 +13,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
@@ -68,13 +72,17 @@ def workers(config: LocalExecutor) -> Iterator[Local]:
     if count == 1 and config.part_minutes is None:
         yield Local(None)
         return
+    # Another thread may hold a lock, for which a fork would wait for ever.
+    is_alone = sys.platform == "linux" and threading.active_count() == 1
     pool = ProcessPoolExecutor(
         count,
-        mp_context=multiprocessing.get_context("spawn"),
+        mp_context=multiprocessing.get_context("fork" if is_alone else "spawn"),
         initializer=_begin,
         initargs=(os.getpid(),),
     )
     try:
+        if is_alone:
+            pool.submit(os.getpid)  # which forks them all, before there is a thread of a progress bar
         yield Local(pool, config.part_minutes)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

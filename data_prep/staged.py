@@ -1,18 +1,21 @@
 """A recipe -> a data folder by way of stages: text, marks, verdicts, tokenizer, encode; each begins on a whole one.
 
+Where there is a tokenizer and nothing has to see all documents before the first is encoded, the last stage reads and
+cleans the text itself, which is then written nowhere; unless a file is so large that its parts had better be shared.
+
 The folder NAME.stages beside the output holds what the stages made, so that a run that was stopped goes on from there.
 """
 
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from data_prep import assemble, claim, executors, given, output, records, vocabulary
+from data_prep import assemble, claim, executors, output, records, vocabulary
 from data_prep.documents import Source, nothing_left
-from data_prep.encode import Encode, MakeTokenizer, Part
+from data_prep.encode import Encode, MakeTokenizer, Part, ReadAndEncode
+from data_prep.encoding import Encoding
 from data_prep.files import matches
 from data_prep.marks import Mark, TestRuns
 from data_prep.parts import PartFacts
@@ -26,8 +29,9 @@ from moe.data.shards import FileStamp, SourceFacts, TokenData
 from moe.errors import DataError
 
 STAGES = ("text", "tests", "marks", "verdicts", "tokenizer", "encode")
-_DECIDING = ("datatrove", "ftfy", "numpy", "pyarrow", "rensa", "tokenizers")
-_FORMAT = 2
+_FORMAT = 3
+_LARGE_PARTS = 4
+"""A file of more parts than these is cut into them before they are encoded."""
 
 
 class _Enough(Exception):  # noqa: N818  no error: the stage that was asked for is done
@@ -60,15 +64,7 @@ def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
         if not asked.dry_run:
             work.parent.mkdir(parents=True, exist_ok=True)
             stack.enter_context(output.locked(work))
-        page = {
-            "recipe": recipe.identity,
-            "sources": digests,
-            "tokenizer": {path.name: FileStamp.of(path).xxh3_128 for path in ready.files} if ready else {},
-            "given": given.digests(recipe),
-            "versions": {
-                name: _version(name) for name in (*_DECIDING, *(["trafilatura"] if recipe.reads_html else []))
-            },
-        }
+        page = claim.page(recipe, digests, ready.files if ready else ())
         is_anew = claim.claim(work, page, overwrite=asked.overwrite, look=asked.dry_run)
         at_work = stack.enter_context(executors.workers(recipe.executor))
         run = _Run(recipe, work, records.key(_FORMAT, page["versions"]), asked, at_work, is_anew)
@@ -100,7 +96,10 @@ class _Run:
 
     def all(self, sources: Sequence[Source], stamps: Sequence[dict[str, FileStamp]]) -> assemble.Made:
         """Raises `_Enough` where the stage that was asked for is done."""
-        text, texts, owners = self._text(sources, stamps)
+        work, owners = self._portions(sources, stamps)
+        if self._is_straight([read for _, read in work]):
+            return self._straight(work, owners)
+        text, texts = self.step("text", work)
         accounts = [SourceFacts.model_validate(record.facts["account"]) for record in texts]
         if not sum(account.kept.documents for account in accounts):
             raise nothing_left(accounts)
@@ -154,19 +153,43 @@ class _Run:
         skipped["verdicts"] = skipped["marks"]
         return [name for name in STAGES[STAGES.index(stage) + 1 :] if not skipped.get(name)]
 
-    def _text(
+    def _portions(
         self, sources: Sequence[Source], stamps: Sequence[dict[str, FileStamp]]
-    ) -> tuple[list[Unit], list[Record], list[int]]:
+    ) -> tuple[list[tuple[ReadAndClean, list[FileStamp]]], list[int]]:
+        """Units of reading, each with the files that it reads; and the number of the source of each."""
         size = self.recipe.part_megabytes * 10**6
-        lists = [given.of_clean(self.recipe.clean)]
         work, owners = [], []
         for number, (config, source) in enumerate(zip(self.recipe.sources, sources, strict=True)):
             for portion, files in portions(config, source, size):
                 do = ReadAndClean(portion, self.recipe.clean, self.recipe.bad_rows == "quarantine", size)
-                work.append((do, [stamps[number][str(path)] for path in files] + lists))
+                work.append((do, [stamps[number][str(path)] for path in files]))
                 owners.append(number)
-        units, found = self.step("text", work)
-        return units, found, owners
+        return work, owners
+
+    def _is_straight(self, reads: Sequence[Sequence[FileStamp]]) -> bool:
+        recipe = self.recipe
+        limit = _LARGE_PARTS * recipe.part_megabytes * 10**6
+        return (
+            isinstance(recipe.tokenizer, ExistingTokenizer)
+            and recipe.duplicates is None
+            and recipe.decontaminate is None
+            and all(files and sum(file.bytes for file in files) <= limit for files in reads)
+        )
+
+    def _straight(
+        self, work: Sequence[tuple[ReadAndClean, list[FileStamp]]], owners: Sequence[int]
+    ) -> assemble.Made:
+        if self.asked.stage not in (None, "tokenizer", "encode"):
+            raise DataError(
+                f"--stage {self.asked.stage}: this recipe has a tokenizer and neither duplicates nor decontaminate, so "
+                f"its text is read by the stage that encodes it. Use --stage tokenizer, then --stage encode."
+            )
+        tokenizer, tokens, encoding = self._tokenizer((), [read for _, read in work])
+        units, found = self.step(
+            "encode", [(ReadAndEncode(do, encoding), [read, tokens.files]) for do, read in work]
+        )
+        made = list(zip(units, found, owners, strict=True))
+        return assemble.Made(tokenizer, tokens, made, made)
 
     def _verdicts(self, files: Sequence[tuple[Path, int, FileStamp]]) -> tuple[Unit, Record] | None:
         duplicates, tests = self.recipe.duplicates, self.recipe.decontaminate
@@ -214,35 +237,32 @@ class _Run:
         texts: Sequence[Record],
         owners: Sequence[int],
     ) -> assemble.Made:
-        recipe = self.recipe
         of_sources = tuple(
             (
                 f"source {number}",
                 tuple(p for p, of in zip(parts, owners_of_parts, strict=True) if of == number),
             )
-            for number in range(len(recipe.sources))
+            for number in range(len(self.recipe.sources))
         )
-        make = MakeTokenizer(recipe.tokenizer, of_sources)
-        (tokenizer,), (tokens,) = self.step("tokenizer", [(make, upstream)])
-        encoders = [
-            Encode(
-                part, tokenizer.folder, tokens.facts["eos_token"], tokens.facts["pad_token"],
-                recipe.tokenizer.fast, recipe.validation, recipe.shard_tokens,
-            )
-            for part in parts
-        ]  # fmt: skip
-        encoded, ended = self.step("encode", [(do, [upstream, tokens.files]) for do in encoders])
+        tokenizer, tokens, encoding = self._tokenizer(of_sources, upstream)
+        encoded, ended = self.step(
+            "encode", [(Encode(part, encoding), [upstream, tokens.files]) for part in parts]
+        )
         return assemble.Made(
             tokenizer, tokens, list(zip(text, texts, owners, strict=True)),
             list(zip(encoded, ended, owners_of_parts, strict=True)),
         )  # fmt: skip
 
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+    def _tokenizer(
+        self, of_sources: tuple[tuple[str, tuple[Part, ...]], ...], upstream: Any
+    ) -> tuple[Unit, Record, Encoding]:
+        recipe = self.recipe
+        (unit,), (made,) = self.step("tokenizer", [(MakeTokenizer(recipe.tokenizer, of_sources), upstream)])
+        encoding = Encoding(
+            unit.folder, made.facts["eos_token"], made.facts["pad_token"],
+            recipe.tokenizer.fast, recipe.validation, recipe.shard_tokens,
+        )  # fmt: skip
+        return unit, made, encoding
 
 
 def _plain(reads: Any) -> Any:

@@ -3,12 +3,12 @@
 import glob
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_prep import files
-from data_prep.clean import Cleaner, cleaner
+from data_prep.clean import cleaner
 from data_prep.documents import Account, Document, Dropped, Source
 from data_prep.hub import hub
 from data_prep.parts import PartWriter
@@ -54,18 +54,18 @@ def open_source(config: SourceConfig, *, tolerant: bool = False) -> Source:
 def portions(
     config: SourceConfig, source: Source, num_bytes: int
 ) -> Iterator[tuple[SourceConfig, tuple[Path, ...]]]:
-    """The source as sources of consecutive files, each of about `num_bytes` on disk; whole, if it is not of files."""
+    """The source as sources of consecutive files, of `num_bytes` on disk or one file; whole, if it is not of files."""
     if not isinstance(config, TextSource | JsonlSource | ParquetSource | WarcSource):
         yield config, source.files
         return
     group: list[Path] = []
     size = 0
     for path in source.files:
-        group.append(path)
-        size += path.stat().st_size
-        if size >= num_bytes:
+        size += (more := path.stat().st_size)
+        if group and size > num_bytes:
             yield _of(config, group), tuple(group)
-            group, size = [], 0
+            group, size = [], more
+        group.append(path)
     if group:
         yield _of(config, group), tuple(group)
 
@@ -84,15 +84,17 @@ class ReadAndClean:
     part_bytes: int
 
     def __call__(self, folder: Path) -> Facts:
-        source = open_source(self.source, tolerant=self.tolerant)
-        clean = cleaner(self.clean)
         writer = PartWriter(folder, self.part_bytes)
         try:
-            return self._write(folder, source, clean, writer)
+            facts = self.read(folder, writer.add)
+            return {**facts, "parts": [part.model_dump() for part in writer.close()]}
         finally:
             writer.abandon()
 
-    def _write(self, folder: Path, source: Source, clean: Cleaner, writer: PartWriter) -> Facts:
+    def read(self, folder: Path, keep: Callable[[bytes, int], None]) -> Facts:
+        """Only the account, and the quarantine; UTF-8 and row of each document that stays go to `keep`."""
+        source = open_source(self.source, tolerant=self.tolerant)
+        clean = cleaner(self.clean)
         account, drops = Account(), _Drops()
         for row, item in enumerate(source.items()):
             account.reads(item)
@@ -106,12 +108,9 @@ class ReadAndClean:
                 drops.add(now, row, item.text[:_SAMPLE])
             else:
                 account.keeps(now)
-                writer.add(now.text.encode(), row)
+                keep(now.text.encode(), row)
         drops.write(folder / QUARANTINE)
-        return {
-            "account": account.close(source.name, None).model_dump(),
-            "parts": [part.model_dump() for part in writer.close()],
-        }
+        return {"account": account.close(source.name, None).model_dump()}
 
 
 @dataclass

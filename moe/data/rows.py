@@ -142,32 +142,40 @@ class PackedRows:
 
     def block(self, indices: Sequence[int]) -> Block:
         """Many at once, which costs each half as much."""
-        tables = [self._table(index) for index in indices]
-        tokens_BS = self._data.rows(self._split, tables, self._length)
+        length, starts_P, lengths_P = self._length, self._start_P, self._length_P
+        bounds = zip(self._row_R1[indices].tolist(), self._row_R1[1:][indices].tolist(), strict=True)
+        tables: list[Table] = [
+            (starts_P[begin:end].tolist(), lengths_P[begin:end].tolist()) for begin, end in bounds
+        ]
+        tokens_BS = self._data.rows(self._split, tables, length)
         labels_BS = np.empty(tokens_BS.shape, dtype=np.int64)
-        labels_BS[:, :-1] = tokens_BS[:, 1:]
-        ends, filled_B = [], []
-        for (starts, lengths), labels_S, first in zip(
-            tables, labels_BS, range(0, labels_BS.size, self._length), strict=True
-        ):
+        labels_N = labels_BS.reshape(-1)
+        labels_N[:-1] = tokens_BS.reshape(-1)[1:]
+        filled_B: list[int] = []
+        last: list[int] = []  # of each document, or of each row
+        cut: list[
+            tuple[int, int]
+        ] = []  # the last place of a row, and the token that comes next in its document
+        for first, (starts, lengths) in zip(range(0, labels_N.size, length), tables, strict=True):
             filled = sum(lengths)
             filled_B.append(filled)
-            labels_S[filled - 1 :] = IGNORED
-            if filled == self._length and len(starts) == 1 and not self._ends(starts[0] + filled):
-                labels_S[-1] = self._data.tokens(self._split, starts[0] + filled, starts[0] + filled + 1)[0]
-            if self._apart:
-                ends += [first + end - 1 for end in accumulate(lengths[:-1])]
-        labels_BS.reshape(-1)[ends] = IGNORED
+            if filled < length:
+                labels_N[first + filled : first + length] = IGNORED
+            elif len(starts) == 1 and not self._ends(starts[0] + length):
+                cut.append((first + length - 1, starts[0] + length))
+                continue
+            last += [first + end - 1 for end in accumulate(lengths)] if self._apart else [first + filled - 1]
+        labels_N[last] = IGNORED
+        if cut:
+            next_N1 = self._data.rows(self._split, [((token,), (1,)) for _, token in cut], 1)
+            for (place, _), (token,) in zip(cut, next_N1.tolist(), strict=True):
+                labels_N[place] = token
         documents = [lengths if self._apart else None for _, lengths in tables]
         return Block(tokens_BS.astype(np.int64), labels_BS, filled_B, documents)
 
-    def _table(self, index: int) -> Table:
-        here = slice(self._row_R1[index], self._row_R1[index + 1])
-        return self._start_P[here].tolist(), self._length_P[here].tolist()
-
     def _ends(self, token: int) -> bool:
         """Whether a document ends before `token`."""
-        return bool(self._end_D[np.searchsorted(self._end_D, token)] == token)
+        return bool(self._end_D[self._end_D.searchsorted(token)] == token)
 
 
 def _conversations(
