@@ -158,7 +158,7 @@ class TokenData:
     def rows(self, split: str, tables: Sequence[Table], size: int) -> Tokens:
         """Ids `[len(tables), size]`: the pieces of each, and padding. Raises as `tokens` does."""
         ids_BS = self._tapes[split].rows(tables, size, self.pad_id)
-        if _largest(ids_BS) >= self.vocab_size:
+        if _largest(ids_BS) >= self._vocab_size:
             for starts, lengths in tables:
                 for start, length in zip(starts, lengths, strict=True):
                     self.tokens(split, start, start + length)  # says which it is

@@ -3,6 +3,7 @@
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import Any
 
 import numpy as np
 
@@ -18,6 +19,8 @@ class Tape:
     def __init__(self, arrays: Sequence[Tokens]) -> None:
         # A memmap's slices cost several times a plain array's.
         self._arrays = [np.asarray(array) for array in arrays]
+        # Bytes are joined in a fraction of the time that arrays take.
+        self._bytes = [memoryview(array.view(np.uint8)) for array in self._arrays]
         self._ends = list(accumulate(map(len, arrays)))
         self._begins = [0, *self._ends]
 
@@ -37,18 +40,20 @@ class Tape:
         return parts
 
     def rows(self, tables: Sequence[Table], size: int, pad_id: int) -> Tokens:
-        """Ids [B, S], S = `size`: each row the pieces of its table, and padding for what they leave."""
-        ends, begins, arrays = self._ends, self._begins, self._arrays
-        parts = []
+        """Ids [B, S], S = `size`: each row the pieces of its table, and padding for what they leave; read-only."""
+        ends, begins, places = self._ends, self._begins, self._bytes
+        dtype = self._arrays[0].dtype
+        wide, pad = dtype.itemsize, np.array(pad_id, dtype).tobytes()
+        parts: list[Any] = []  # buffers
         for starts, lengths in tables:
             for start, length in zip(starts, lengths, strict=True):
                 stop, place = start + length, bisect_right(ends, start)
                 # The rule comes first: a call would cost as much as all the rest.
                 if stop <= ends[place]:
-                    parts.append(arrays[place][start - begins[place] : stop - begins[place]])
+                    begin = begins[place]
+                    parts.append(places[place][(start - begin) * wide : (stop - begin) * wide])
                 else:
                     parts += self.views(start, stop)
             if (left := size - sum(lengths)) > 0:
-                parts.append(np.full(left, pad_id, dtype=arrays[0].dtype))
-        ids_BS: Tokens = np.concatenate(parts).reshape(len(tables), size)
-        return ids_BS
+                parts.append(pad * left)
+        return np.frombuffer(b"".join(parts), dtype).reshape(len(tables), size)
