@@ -20,7 +20,7 @@ class Tape:
         # A memmap's slices cost several times a plain array's.
         self._arrays = [np.asarray(array) for array in arrays]
         # Bytes are joined in a fraction of the time that arrays take.
-        self._bytes = [memoryview(array.view(np.uint8)) for array in self._arrays]
+        self._bytes = [array.view(np.uint8).data for array in self._arrays]
         self._ends = list(accumulate(map(len, arrays)))
         self._begins = [0, *self._ends]
 
