@@ -2,6 +2,7 @@
 
 import json
 import logging
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -128,6 +129,36 @@ def test_dead_experts_are_said_aloud_if_there_are_any(
         assert "dead experts" not in caplog.text
         _records(tiny_page, tmp_path, _result(), torch.tensor(UNUSED))
     assert "max violation 5.00  dead experts 2" in caplog.text
+
+
+@pytest.mark.parametrize(("reading", "working"), [(0.1, 0.01), (0.001, 0.1)])
+def test_the_share_of_a_step_that_waits_for_data_is_on_record_and_said(
+    reading: float,
+    working: float,
+    tiny_page: Page,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock of the test's own: a slow source is most of a step, a fast one next to nothing."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(log.get(), "propagate", True)
+    page = tiny_page | {"run_dir": str(tmp_path), "logging": {"peak_tflops": 1.0, "every_steps": 2}}
+    run = RunConfig.model_validate(page)
+    meter = Meter(run, Ranks(), Tracker(run, 0, None, None))
+    with caplog.at_level(logging.INFO, logger=log.LOGGER_NAME):
+        for step in range(1, 5):
+            with meter.waiting():
+                now[0] += reading
+            now[0] += working
+            meter.step(_result(), step=step, tokens=256 * step)
+            with meter.stopped():
+                now[0] += 7.0
+    share = reading / (reading + working)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["data_wait"] for record in records] == pytest.approx([share, share])
+    assert caplog.text.count(f"data wait {100 * share:.1f} %") == 2
 
 
 def test_nothing_is_read_until_a_record_is_due(tiny_page: Page, tmp_path: Path) -> None:
