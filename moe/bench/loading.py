@@ -2,7 +2,8 @@
 
 `python -m moe.bench.loading` makes documents of random ids, with lengths like text, in a temporary folder and reads the
 same number of rows of it in random order by every way, one way after the other, round by round. Each row is two int64
-tensors at the end; the time is that of the processor, the reading thread's included.
+tensors at the end; the time is that of the processor, the reading thread's included. Then it times how long a run waits
+for its first batch at step 0 and at step 1,000,000 (`moe.bench.opening`), where the batch is checked too.
 """
 
 import json
@@ -26,6 +27,8 @@ from rich.console import Console
 from rich.table import Table
 
 from moe import figures, log
+from moe.bench.opening import Opening, openings
+from moe.bench.opening import table as openings_table
 from moe.data.loader import train_batches, training_rows
 from moe.data.packing import pack
 from moe.data.rows import PackedRows
@@ -40,7 +43,7 @@ from moe.data.shards import (
 )
 from moe.errors import clean_exit
 
-VOCABULARY, BATCH = 32_000, 8
+VOCABULARY, BATCH, LARGEST_COPY = 32_000, 8, 50_000_000
 
 
 @dataclass(frozen=True)
@@ -59,18 +62,21 @@ class Line:
 
 @dataclass(frozen=True)
 class Report:
-    """All ways, and what packing took."""
+    """All ways, what packing took, and opening."""
 
     lines: list[Line]
     packed_documents_per_second: float
     padding: float
     cut_end_to_end: float
     """Share of the documents that would fit a row, and are cut where they lie end to end."""
+    documents: int
+    openings: list[Opening]
 
 
 def compare(folder: Path, length: int, tokens: int, rows: int, rounds: int) -> Report:
     """Make the data in `folder` and read it by every way."""
-    data, length_D = _data(folder / "ours", tokens)
+    data, length_D = _data(folder / "ours", tokens, 0)
+    other, _ = _data(folder / "other", tokens, 1)
     ways = _ways(data, folder, length, rows)
     times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -100,6 +106,8 @@ def compare(folder: Path, length: int, tokens: int, rows: int, rounds: int) -> R
         len(length_D) / seconds,
         1 - float(length_D.sum()) / (pieces.num_rows * length),
         float((across & whole).sum() / whole.sum()),
+        len(length_D),
+        openings((data.folder, other.folder), length, rounds),
     )
 
 
@@ -107,7 +115,7 @@ def _ways(data: TokenData, folder: Path, length: int, rows: int) -> dict[str, Ca
     end_to_end = training_rows(data, length, "concatenate", apart=False, seed=0)
     packed = training_rows(data, length, "best_fit", apart=True, seed=0)
     order = np.random.default_rng(0).integers(min(len(end_to_end), len(packed)) - 1, size=rows).tolist()
-    plain = np.array(data.tokens("train", 0, len(end_to_end) * length - length))
+    plain = np.array(data.tokens("train", 0, min(len(end_to_end) * length - length, LARGEST_COPY)))
     block = plain[: len(plain) // (length + 1) * (length + 1)].reshape(-1, length + 1)
 
     def copy() -> None:
@@ -189,9 +197,9 @@ def _arrow(folder: Path, block: npt.NDArray[Any], order: list[int]) -> Callable[
     return read
 
 
-def _data(folder: Path, tokens: int) -> tuple[TokenData, npt.NDArray[np.int64]]:
+def _data(folder: Path, tokens: int, seed: int) -> tuple[TokenData, npt.NDArray[np.int64]]:
     """Random ids in documents with lengths like those of text: log-normal, the mean some 1,100 tokens."""
-    draw = np.random.default_rng(0)
+    draw = np.random.default_rng(seed)
     lengths = draw.lognormal(6.3, 1.2, tokens // 1000).clip(1, 200_000).astype(np.int64)
     folder.mkdir(parents=True)
     writer = PairWriter(folder / "train-00000", "uint16")
@@ -225,7 +233,13 @@ def _table(report: Report, length: int) -> Table:
 @click.option(
     "--length", type=click.IntRange(min=2), default=4096, show_default=True, help="Tokens of a row."
 )
-@click.option("--tokens", type=click.IntRange(min=1_000_000), default=50_000_000, show_default=True)
+@click.option(
+    "--tokens",
+    type=click.IntRange(min=1_000_000),
+    default=50_000_000,
+    show_default=True,
+    help=f"Of a source; the copy, Grain alone and arrow files get {LARGEST_COPY:,} at most.",
+)
 @click.option(
     "--rows", type=click.IntRange(min=BATCH), default=2000, show_default=True, help="Read in a round."
 )
@@ -242,7 +256,7 @@ def command(length: int, tokens: int, rows: int, rounds: int, json_path: Path | 
         torch.set_num_threads(1)
         with tempfile.TemporaryDirectory(prefix="turnout-loading-") as folder:
             report = compare(Path(folder), length, tokens, rows, rounds)
-        Console(width=120).print(_table(report, length))
+        Console(width=120).print(_table(report, length), openings_table(report.openings, report.documents))
         click.echo(
             f"packing: {report.packed_documents_per_second:,.0f} documents/s, {report.padding:.4%} padding; end to end "
             f"{report.cut_end_to_end:.1%} of the documents that would fit a row are cut, packed none"

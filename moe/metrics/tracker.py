@@ -167,6 +167,7 @@ def _sentence(record: Record) -> str:
         f"grad norm {record['grad_norm']:.3f}",
         f"{record['tokens_per_second']:,.0f} tokens/s",
         f"MFU {100 * record['mfu']:.1f} %",
+        f"data wait {100 * record['data_wait']:.1f} %",
     ]
     if "max_violation" in record:
         parts.append(f"max violation {record['max_violation']:.2f}")

@@ -2,6 +2,8 @@
 
 import json
 import logging
+import time
+from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 import moe.metrics
 from moe import log
 from moe.config import RunConfig
+from moe.data import loader
 from moe.dist import Ranks
 from moe.metrics import Meter, Tracker
 from moe.sparse.health import Health
@@ -128,6 +131,68 @@ def test_dead_experts_are_said_aloud_if_there_are_any(
         assert "dead experts" not in caplog.text
         _records(tiny_page, tmp_path, _result(), torch.tensor(UNUSED))
     assert "max violation 5.00  dead experts 2" in caplog.text
+
+
+@pytest.mark.parametrize(("reading", "working"), [(0.1, 0.01), (0.001, 0.1)])
+def test_the_share_of_a_step_that_waits_for_data_is_on_record_and_said(
+    reading: float,
+    working: float,
+    tiny_page: Page,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock of the test's own: a slow source is most of a step, a fast one next to nothing."""
+    now = [0.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(log.get(), "propagate", True)
+    page = tiny_page | {"run_dir": str(tmp_path), "logging": {"peak_tflops": 1.0, "every_steps": 2}}
+    run = RunConfig.model_validate(page)
+    meter = Meter(run, Ranks(), Tracker(run, 0, None, None))
+    with caplog.at_level(logging.INFO, logger=log.LOGGER_NAME):
+        for step in range(1, 5):
+            with meter.waiting():
+                now[0] += reading
+            now[0] += working
+            meter.step(_result(), step=step, tokens=256 * step)
+            with meter.stopped():
+                now[0] += 7.0
+    share = reading / (reading + working)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [record["data_wait"] for record in records] == pytest.approx([share, share])
+    assert caplog.text.count(f"data wait {100 * share:.1f} %") == 2
+
+
+class Slow:
+    """A source whose every element takes so many seconds."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+
+    def __len__(self) -> int:
+        return 1000
+
+    def __getitem__(self, index: int) -> int:
+        time.sleep(self._seconds)
+        return index
+
+
+@pytest.mark.parametrize(("reading", "working", "low", "high"), [(0.08, 0.01, 0.6, 1), (0.005, 0.08, 0, 0.3)])
+def test_steps_wait_for_a_slow_source_and_not_for_one_that_is_read_ahead(
+    reading: float, working: float, low: float, high: float, tiny_page: Page, tmp_path: Path
+) -> None:
+    page = tiny_page | {"run_dir": str(tmp_path), "logging": {"peak_tflops": 1.0, "every_steps": 8}}
+    run = RunConfig.model_validate(page)
+    with closing(loader._prefetched(Slow(reading), 0)) as elements:  # type: ignore[type-var]  # a generator
+        next(elements)
+        meter = Meter(run, Ranks(), Tracker(run, 0, None, None))
+        for step in range(1, 9):
+            with meter.waiting():
+                next(elements)
+            time.sleep(working)
+            meter.step(_result(), step=step, tokens=256 * step)
+    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert low <= json.loads(line)["data_wait"] <= high
 
 
 def test_nothing_is_read_until_a_record_is_due(tiny_page: Page, tmp_path: Path) -> None:
