@@ -15,7 +15,7 @@ from data_prep.texts import ReadAndClean
 from data_prep.verdicts import REASONS
 from moe.data.shards import TOKENIZER_NAME
 
-_BATCH_BYTES = 4_000_000
+_BATCH_BYTES = 1_000_000
 
 
 @dataclass(frozen=True)
