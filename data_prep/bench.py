@@ -43,6 +43,7 @@ _LIBRARIES = (
     "pyarrow",
     "numpy",
 )
+_COPIES = 4
 
 
 @click.group()
@@ -128,7 +129,7 @@ def one(name: str, tokenizer: Path, folder: Path, workers: int, files: tuple[Pat
 
 
 @command.command()
-@click.option("--megabytes", type=click.IntRange(1), default=40, show_default=True)
+@click.option("--megabytes", type=click.IntRange(1), default=10, show_default=True, help="Of different text.")
 @click.option("--times", type=click.IntRange(2), default=8, show_default=True)
 @click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--text", type=click.Path(path_type=Path), help="A folder of text instead.")
@@ -144,12 +145,13 @@ def memory(megabytes: int, times: int, workers: int, text: Path | None) -> None:
 def growth(
     place: Path, name: str, megabytes: int, times: int, workers: int, text: Path | None = None
 ) -> list[tuple[int, float]]:
-    """Of a way in `MEMORY`: bytes of text, and of its largest process; once, and for so many copies of each document.
+    """Of a way in `MEMORY`: bytes of text, and of its largest process; for some copies of each document, and for more.
 
     Copies differ by a number, and their lengths are the same: a long document takes its memory, however many there are.
+    Of some copies every worker meets one: what it remembers of words is then as much as it is of more of them.
     """
     found = []
-    for copies in (1, times):
+    for copies in (_COPIES, _COPIES * times):
         here = place / str(copies)
         here.mkdir(parents=True)
         root = text or Path(sysconfig.get_path("purelib"))

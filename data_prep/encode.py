@@ -8,14 +8,12 @@ import numpy as np
 
 from data_prep import parts, report, vocabulary
 from data_prep.documents import Document, Source
-from data_prep.encoding import Encoding
+from data_prep.encoding import BATCH_BYTES, Encoding
 from data_prep.recipe import BpeTokenizer, ExistingTokenizer
 from data_prep.records import Facts
 from data_prep.texts import ReadAndClean
 from data_prep.verdicts import REASONS
 from moe.data.shards import TOKENIZER_NAME
-
-_BATCH_BYTES = 4_000_000
 
 
 @dataclass(frozen=True)
@@ -113,7 +111,7 @@ class ReadAndEncode:
             nonlocal waiting
             batch.append(text)
             waiting += len(text)
-            if waiting >= _BATCH_BYTES:
+            if waiting >= BATCH_BYTES:
                 shards.write(batch)
                 batch.clear()
                 waiting = 0
