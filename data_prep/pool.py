@@ -103,6 +103,7 @@ def _killed(unit: Unit) -> DataError:
 
 def _begin(parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent is told too, and ends us
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which does: the parent's own handler came with the fork
     # To take all libraries apart costs a fifth of a second, and nothing waits for it.
     atexit.register(os._exit, 0)
     if sys.platform == "linux":
