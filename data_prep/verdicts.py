@@ -71,16 +71,18 @@ def _first_of_alike(
 ) -> npt.NDArray[np.int64]:
     """For each document the first one of its cluster: those that any chain of equal bands ties together."""
     asked_Q = np.flatnonzero(in_question_D)
-    ties: list[npt.NDArray[np.int64]] = []
+    least_Q = np.arange(len(asked_Q))
+    # One band after the other, so that memory is some 60 bytes a document, however many bands there are.
     for band in range(bands[0].shape[0] if bands else 0):
         hashes_Q = np.concatenate([part[band] for part in bands])[asked_Q]
         order_Q = np.argsort(hashes_Q, kind="stable")
         sorted_Q = hashes_Q[order_Q]
         is_tied_Q = np.concatenate([[False], (sorted_Q[1:] == sorted_Q[:-1]) & (sorted_Q[1:] != 0)])
         at_Q = np.flatnonzero(is_tied_Q)
-        ties.append(np.stack([order_Q[at_Q - 1], order_Q[at_Q]]))
+        ties_2T = np.stack([least_Q[order_Q[at_Q - 1]], least_Q[order_Q[at_Q]]])  # of clusters so far
+        least_Q = _clusters(ties_2T[:, ties_2T[0] != ties_2T[1]], len(asked_Q))[least_Q]
     first_D = np.arange(len(in_question_D))
-    first_D[asked_Q] = asked_Q[_clusters(np.concatenate(ties, axis=1), len(asked_Q))]
+    first_D[asked_Q] = asked_Q[least_Q]
     return first_D
 
 

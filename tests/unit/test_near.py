@@ -2,6 +2,7 @@
 
 import random
 import sys
+from itertools import combinations
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,20 @@ def test_clusters_are_those_of_a_plain_search() -> None:
             for one, two in ties.T:
                 expected[[one, two]] = min(expected[one], expected[two])
         assert np.array_equal(_clusters(ties, count), expected)
+
+
+def test_one_band_after_the_other_makes_the_clusters_of_all_bands() -> None:
+    draw = np.random.default_rng(1)
+    for count, values in ((1, 2), (30, 40), (60, 40), (60, 400)):
+        bands_BD = draw.integers(0, values, size=(4, count)).astype(np.uint64)
+        in_question_D = draw.random(count) < 0.8
+        expected = np.arange(count)
+        for _ in range(count):
+            for one, two in combinations(np.flatnonzero(in_question_D), 2):
+                if ((bands_BD[:, one] == bands_BD[:, two]) & (bands_BD[:, one] != 0)).any():
+                    expected[[one, two]] = min(expected[one], expected[two])
+        halves = [bands_BD[:, : count // 2], bands_BD[:, count // 2 :]]
+        assert np.array_equal(_first_of_alike(halves, in_question_D), expected)
 
 
 def _clean(text: str, **settings: Any) -> Document | Dropped:
