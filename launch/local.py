@@ -14,7 +14,7 @@ import click
 from launch import options, ranks
 from moe import log, recipe
 from moe.config import RunConfig
-from moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, LaunchError
+from moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, LaunchError, clean_exit
 
 EXIT_FAILED = 1
 
@@ -35,10 +35,11 @@ def command(recipe_path: Path, overrides: tuple[str, ...], nproc: int | None) ->
     """
     log.setup()
     run = recipe.load(RunConfig, recipe_path, overrides)
-    from moe import train  # torch: only after the recipe has been found sound
+    from moe import dist, train  # torch: only after the recipe has been found sound
 
     if nproc is None:
-        sys.exit(train.main(recipe_path, overrides))
+        with dist.end_of_rank(), clean_exit():
+            sys.exit(train.main(recipe_path, overrides))
     train.preflight(run, nproc)
     sys.exit(_launch(run, [str(recipe_path), *overrides], nproc))
 

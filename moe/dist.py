@@ -1,9 +1,12 @@
 """Launcher environment -> ranks, devices and process groups, passed on as values."""
 
+import atexit
 import datetime
 import os
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from typing import TypeVar, cast
 
@@ -204,6 +207,34 @@ def start(parallel: ParallelConfig) -> Iterator[Ranks]:
         )
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def end_of_rank() -> Iterator[None]:
+    """However the block ends, the process ends, with the exit code that Python would give; nothing comes after it.
+
+    Threads are waited for, exit functions run, streams are flushed; the interpreter is not taken down. A thread of
+    gloo may still hold the last collective's tensors: to let go of one it asks for the interpreter, and where that is
+    being taken down, the process is aborted ("terminate called without an active exception", torch 2.13).
+    """
+    code = 0
+    try:
+        yield
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if isinstance(end.code, str):
+            sys.stderr.write(f"{end.code}\n")
+    except BaseException as error:
+        here = error.__traceback__
+        sys.excepthook(type(error), error.with_traceback(here and here.tb_next), here)
+        code = 1
+    finally:
+        threading._shutdown()  # type: ignore[attr-defined]  # what Python itself calls here
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
 
 
 def consecutive(size: int, timeout: datetime.timedelta | None = None) -> Group | None:

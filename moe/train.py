@@ -297,4 +297,4 @@ def command(recipe: str, overrides: tuple[str, ...], local_rank: int | None) -> 
 
 
 if __name__ == "__main__":
-    command()
+    dist.end_of_rank()(command)()
