@@ -74,9 +74,7 @@ def batches(run: RunConfig, ranks: Ranks, step: int) -> list[Batch]:
     return [batch.part(ranks.positions(LENGTH)) for batch in whole]
 
 
-def ranks_of(
-    rank: int, world_size: int, expert_parallel_size: int, sequence_parallel_size: int = 1
-) -> Ranks:
+def ranks_of(rank: int, world_size: int, expert_parallel_size: int, sequence_parallel_size: int = 1) -> Ranks:
     """Ranks within a gloo group that stands already."""
     return Ranks(
         rank=rank,
@@ -107,7 +105,6 @@ class Curve:
 def start(run: RunConfig, ranks: Ranks) -> Engine:
     """A fresh engine."""
     return Engine.start(run, build(run, ranks), ranks)
-
 
 
 def train(engine: Engine, first: int, last: int) -> list[StepResult]:

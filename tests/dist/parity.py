@@ -23,30 +23,30 @@ from tests.harness import run_ranks
 
 GLOBAL_BATCH = 8
 DEEPSEEK: dict[str, Any] = {
-        "prediction_depth": 1,
-        "attention": {
-            "num_heads": 4,
-            "qk_norm": False,
-            "latent": {
-                "kv_rank": 10,
-                "query_rank": 14,
-                "nope_head_dim": 6,
-                "rope_head_dim": 4,
-                "value_head_dim": 8,
-            },
+    "prediction_depth": 1,
+    "attention": {
+        "num_heads": 4,
+        "qk_norm": False,
+        "latent": {
+            "kv_rank": 10,
+            "query_rank": 14,
+            "nope_head_dim": 6,
+            "rope_head_dim": 4,
+            "value_head_dim": 8,
         },
-        "moe": {
-            "num_experts": 8,
-            "top_k": 2,
-            "expert_intermediate_size": 24,
-            "router_score": "sigmoid",
-            "route_scale": 2.5,
-            "num_expert_groups": 4,
-            "top_k_groups": 2,
-            "selection_bias": True,
-            "shared_expert_intermediate_size": 20,
-        },
-    }
+    },
+    "moe": {
+        "num_experts": 8,
+        "top_k": 2,
+        "expert_intermediate_size": 24,
+        "router_score": "sigmoid",
+        "route_scale": 2.5,
+        "num_expert_groups": 4,
+        "top_k_groups": 2,
+        "selection_bias": True,
+        "shared_expert_intermediate_size": 20,
+    },
+}
 MODELS: dict[str, dict[str, Any]] = {
     "sparse": {},
     "all switches": {
@@ -199,7 +199,7 @@ def grid() -> list[Layout]:
 
 
 def matrix() -> list[Layout]:
-    """Half of the grid, such that every two of its settings meet; other balancing scopes, models, optimizers on some."""
+    """Half of the grid, where every two of its settings meet; other balancing scopes, models, optimizers on some."""
     layouts = [
         layout
         for layout in grid()

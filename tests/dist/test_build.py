@@ -30,7 +30,7 @@ class _Flat:
 
     def pieces(self, name: str, only: range | None = None) -> Iterator[torch.Tensor]:
         tensor = self.plan[name]
-        for expert in (range(len(tensor.keys)) if only is None else only):
+        for expert in range(len(tensor.keys)) if only is None else only:
             yield torch.full(tensor.piece_shape, float(expert))
 
 
@@ -83,9 +83,13 @@ def _begun(rank: int) -> None:
     assert ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 20) == 1
     halves, pieces = (_peak_growth(stage, rank, 2, ep=2, begins=True) for stage in (1, 3))
     total = LAYERS * LAYER_BYTES
-    dense = LAYERS * 4 * 3 * HIDDEN * HIDDEN  # attention: queries and outputs, and half as wide keys and values
+    dense = (
+        LAYERS * 4 * 3 * HIDDEN * HIDDEN
+    )  # attention: queries and outputs, and half as wide keys and values
     # This rank's experts, what every rank has, and one tensor that is being read.
-    assert total * 0.45 < halves - dense < total / 2 + LAYER_BYTES, f"{halves / 2**20:.0f} MiB of {total / 2**20:.0f}"
+    assert total * 0.45 < halves - dense < total / 2 + LAYER_BYTES, (
+        f"{halves / 2**20:.0f} MiB of {total / 2**20:.0f}"
+    )
     assert pieces < total / 2 + 4 * LAYER_BYTES, f"{pieces / 2**20:.0f} MiB of {total / 2**20:.0f}"
 
 

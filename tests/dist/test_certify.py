@@ -62,7 +62,12 @@ def test_what_is_right_passes_beside_them(proof: Proof) -> None:
         ("2 ranks, EP 2, ZeRO 0", "clip factor, over ranks", "", "norms of their own"),
         ("2 ranks, EP 2, ZeRO 0, accumulation 2", "clip factor", "", "times"),
         ("2 ranks, EP 2, ZeRO 1, recompute block", "load-balancing loss in the total", "", "2 times"),
-        ("2 ranks, EP 1, ZeRO 1, recompute experts", "gradient of router", "router", "load-balancing loss counted 2 times"),
+        (
+            "2 ranks, EP 1, ZeRO 1, recompute experts",
+            "gradient of router",
+            "router",
+            "load-balancing loss counted 2 times",
+        ),
         ("2 ranks, EP 2, ZeRO 2, resume", "exp_avg after resume", "exp_avg/", ""),
         ("2 ranks, EP 1, ZeRO 2, resize", "exp_avg after resize from one process", "exp_avg/", ""),
     ],

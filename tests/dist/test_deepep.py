@@ -40,7 +40,14 @@ class GlooBuffer:
             assert topk_idx is None
             assert topk_weights is None
             mine = [everyone[:, self.rank] for everyone in handle]
-            return torch.cat([t[m] for t, m in zip(self._all(x), mine, strict=True)]), None, None, None, None, None
+            return (
+                torch.cat([t[m] for t, m in zip(self._all(x), mine, strict=True)]),
+                None,
+                None,
+                None,
+                None,
+                None,
+            )
         handle = self._all(layout["is_token_in_rank"])
         mine = [everyone[:, self.rank] for everyone in handle]
         held = len(layout["num_tokens_per_expert"]) // self.world_size
@@ -91,7 +98,9 @@ def _compare(rank: int, world_size: int, masked: bool, capacity: Capacity | None
     draw = torch.Generator().manual_seed(rank)
     for parameter in plain.parameters():
         torch.nn.init.normal_(parameter, generator=draw)
-    other = SparseMoE(WIDTH, config, layout, capacity, dispatcher=DeepEP(layout, GlooBuffer(rank, world_size)))
+    other = SparseMoE(
+        WIDTH, config, layout, capacity, dispatcher=DeepEP(layout, GlooBuffer(rank, world_size))
+    )
     other.load_state_dict(plain.state_dict())
     expected, found = _run(plain, rank, masked), _run(other, rank, masked)
     for name, value in expected.items():

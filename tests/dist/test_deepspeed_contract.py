@@ -87,7 +87,9 @@ def _homes(rank: int) -> None:
             assert torch.equal(kept, parameter.detach().flatten()[home.inside])
             here += kept.numel()
         padding = sum(engine.wrapped.optimizer.groups_padding)
-        assert here + padding == sum(t.numel() for t in engine.wrapped.optimizer.single_partition_of_fp32_groups)
+        assert here + padding == sum(
+            t.numel() for t in engine.wrapped.optimizer.single_partition_of_fp32_groups
+        )
         misplaced[round_robin] = [
             not torch.equal(p.get_full_hp_param(), p.detach())  # type: ignore[attr-defined]  # DeepSpeed adds it
             for p in engine.model.parameters()

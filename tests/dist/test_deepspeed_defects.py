@@ -16,8 +16,10 @@ import torch.distributed as dist
 from torch import nn
 
 from moe.config import RunConfig
-from moe.engine import ds_config
-from moe.engine import library  # noqa: F401  (DeepSpeed must be imported by it)
+from moe.engine import (
+    ds_config,
+    library,  # noqa: F401  (DeepSpeed must be imported by it)
+)
 from moe.errors import ConfigError
 from tests.dist.layouts import ranks_of, start, tiny, train
 from tests.harness import run_ranks
@@ -42,7 +44,9 @@ def _look(rank: int, folder: Path) -> None:
     from deepspeed.runtime.config import DeepSpeedConfig
 
     page = ds_config.make(_run(), 2)
-    seen["clip"] = DeepSpeedConfig(page | {"gradient_cliping": 0.25, "zero_optimisation": {}}).gradient_clipping
+    seen["clip"] = DeepSpeedConfig(
+        page | {"gradient_cliping": 0.25, "zero_optimisation": {}}
+    ).gradient_clipping
 
     # No C++ op is compiled: on a busy machine each takes minutes, at the first step.
     compiled: list[str] = []
@@ -89,7 +93,9 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 
 def test_deepspeed_takes_keys_that_it_does_not_know_and_we_do_not(seen: dict[str, Any]) -> None:
-    assert seen["clip"] == _run().train.optimizer.gradient_clipping != 0.25, "it reads them, or refuses them now"
+    assert seen["clip"] == _run().train.optimizer.gradient_clipping != 0.25, (
+        "it reads them, or refuses them now"
+    )
     with pytest.raises(ConfigError, match="gradient_cliping: DeepSpeed would ignore it"):
         ds_config.check({"gradient_cliping": 0.25}, 1)
 
@@ -110,7 +116,7 @@ def test_the_selection_bias_stays_float32_in_a_bf16_engine_and_through_a_cast(se
 
 
 def test_deepspeed_s_muon_makes_its_step_before_the_norm_that_clips_it() -> None:
-    """Hence our own Muon (moe/optim/muon.py), which gets gradients that are clipped already: tests/dist/test_muon.py."""
+    """Hence our own Muon (moe/optim/muon.py), which gets clipped gradients: tests/dist/test_muon.py."""
     from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
     reduced = inspect.getsource(DeepSpeedZeroOptimizer.get_flat_partition)
@@ -137,5 +143,5 @@ def test_bf16_under_stage_0_leaves_experts_out_of_the_norm() -> None:
     assert "grads_for_norm, _ = split_params_grads_into_shared_and_expert_params" in inspect.getsource(
         FP16_UnfusedOptimizer.step
     ), "it counts them now: look at its float32 masters, and allow bf16 under stage 0"
-    with pytest.raises(ConfigError, match="zero_stage is 0 with train.precision bf16"):
+    with pytest.raises(ConfigError, match=r"zero_stage is 0 with train\.precision bf16"):
         tiny(parallel={"zero_stage": 0}, train={"precision": "bf16"})

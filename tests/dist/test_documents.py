@@ -10,14 +10,15 @@ import torch
 import torch.distributed as dist
 
 from moe.config import RunConfig
-from moe.data.sources import open_sources
 from moe.data.shards import TokenData
-from moe.model import SequenceGroup, Transformer
+from moe.data.sources import open_sources
 from moe.dist import Ranks, consecutive
+from moe.model import SequenceGroup, Transformer
 from tests.dist.layouts import LENGTH, VOCAB, ranks_of, start, tiny
 from tests.harness import run_ranks
 from tests.unit.corpus import raw_data
-from tests.unit.test_documents import KINDS, LENGTH as ROW, make, packed
+from tests.unit.test_documents import KINDS, make, packed
+from tests.unit.test_documents import LENGTH as ROW
 
 pytestmark = pytest.mark.timeout(240)
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2)]
@@ -55,8 +56,12 @@ def _run(folder: Path, ep: int, sp: int) -> RunConfig:
         parallel={"expert_parallel_size": ep, "sequence_parallel_size": sp},
         train={"micro_batch_size": 2},
         model={"attention": {"num_heads": 4, "num_kv_heads": 4}},
-        data={"path": str(folder / "data"), "sequence_length": LENGTH, "packing": "best_fit",
-              "attend_across_documents": False},
+        data={
+            "path": str(folder / "data"),
+            "sequence_length": LENGTH,
+            "packing": "best_fit",
+            "attend_across_documents": False,
+        },
     )
 
 

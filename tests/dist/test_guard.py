@@ -1,4 +1,4 @@
-"""A skipped step leaves no trace, in any layout; too many lead back to the last good checkpoint, and every step is told."""
+"""A skipped step leaves no trace, in any layout; too many lead back to the last good checkpoint; all is told."""
 
 import json
 import logging
@@ -40,8 +40,14 @@ MOE = {"num_experts": 8, "top_k": 2, "expert_intermediate_size": 24, "selection_
 FAULTS = {
     1: ("a gradient that is no number", "its gradient is not finite"),
     4: ("an infinite loss", "its loss is inf"),
-    6: ("a huge gradient", "its gradient norm of .* more than 50 standard deviations of .* the last 4 steps taken"),
-    7: ("a huge loss", "its loss of .* is more than 50 standard deviations of .* the mean of the last 4 steps taken"),
+    6: (
+        "a huge gradient",
+        "its gradient norm of .* more than 50 standard deviations of .* the last 4 steps taken",
+    ),
+    7: (
+        "a huge loss",
+        "its loss of .* is more than 50 standard deviations of .* the mean of the last 4 steps taken",
+    ),
 }
 """Step (from 0) -> what is planted in it, and what is said of it. Step 1 comes before any moment but the first."""
 END = 9
@@ -143,7 +149,9 @@ def _left_out(rank: int, world_size: int, folder: Path) -> None:
 
         plain = start(_run(layout, world_size, {}), ranks)
         never_seen = [step for step in range(END) if step not in FAULTS]
-        assert results == [float(plain.step(batches(plain.run, ranks, s), s).total) for s in never_seen], layout
+        assert results == [float(plain.step(batches(plain.run, ranks, s), s).total) for s in never_seen], (
+            layout
+        )
         assert _differ(guarded, _all(plain)) == [], layout
         assert {float(t) for key, t in guarded.items() if key.endswith("/step")} == {5.0}
         plain.wrapped.destroy()
@@ -160,7 +168,9 @@ ON_RECORD = [1, 2, 3, 4, 8, 9]
 
 
 def _guarded_run(folder: Path, **guard: Any) -> RunConfig:
-    return _run((1, "bf16", "adamw"), 2, {**ROLLS_BACK, **guard}, run_dir=str(folder), checkpoint={"every_steps": 2})
+    return _run(
+        (1, "bf16", "adamw"), 2, {**ROLLS_BACK, **guard}, run_dir=str(folder), checkpoint={"every_steps": 2}
+    )
 
 
 def _go(run: RunConfig, rank: int, until: int, bad: set[int]) -> tuple[TrainState, dict[str, Tensor]]:
@@ -231,7 +241,11 @@ def _rolled_back(rank: int, folder: Path) -> None:
         assert [r["skipped_steps"] for r in records if "loss" in r] == [0, 0, 0, 0, 3, 3]
         skips = [(r["step"], r["skipped_in_a_row"], r["skipped_steps"]) for r in records if "skipped" in r]
         assert skips == [(6, 1, 1), (7, 2, 2)]
-        assert all(math.isfinite(r["skipped_loss"]) and "skipped_grad_norm" not in r for r in records if "skipped" in r)
+        assert all(
+            math.isfinite(r["skipped_loss"]) and "skipped_grad_norm" not in r
+            for r in records
+            if "skipped" in r
+        )
         back = {"step": 7, "rolled_back_to": 4, "skipped_steps": 3, "roll_backs": 1}
         assert records[-3] == back
     dist.barrier()
@@ -270,10 +284,18 @@ def test_a_roll_back_leaves_out_what_came_since_the_last_good_checkpoint_killed_
 def _ended(rank: int, folder: Path) -> None:
     bad = set(range(3, END + 1))
     endings = {
-        "stop": ({"then": "stop"}, bad, r"2 steps in a row were skipped, the last, step 4, because its gradient is"),
+        "stop": (
+            {"then": "stop"},
+            bad,
+            r"2 steps in a row were skipped, the last, step 4, because its gradient is",
+        ),
         "often": ({"max_roll_backs": 1}, bad, r"step 6, .*as often as train.guard.max_roll_backs, 1, allows"),
         "early": ({}, {1, 2}, r"step 2, .*no checkpoint yet to roll back to: checkpoint.every_steps is 2"),
-        "at once": ({"non_finite": "stop", "sigma_factor": 50.0, "rolling_interval_length": 4}, bad, "gradient of step 3"),
+        "at once": (
+            {"non_finite": "stop", "sigma_factor": 50.0, "rolling_interval_length": 4},
+            bad,
+            "gradient of step 3",
+        ),
         "unguarded": (None, bad, r"gradient of step 3 is not finite.*train.guard.non_finite=skip"),
     }
     for name, (guard, faults, words) in endings.items():
@@ -303,7 +325,9 @@ def test_a_run_that_cannot_go_on_says_why_and_on_record(tmp_path: Path) -> None:
 def _saved_amid(rank: int, folder: Path) -> None:
     # From the first step on, before there are moments; and again after they exist.
     for name, bad in (("first", {1, 2}), ("later", {3, 4})):
-        run = _run((2, "fp32", "adamw"), 2, WATCHED, run_dir=str(folder / name), checkpoint={"every_steps": 2})
+        run = _run(
+            (2, "fp32", "adamw"), 2, WATCHED, run_dir=str(folder / name), checkpoint={"every_steps": 2}
+        )
         straight, whole = _go(run, rank, 6, bad)
         for step in (4, 6):
             if rank == 0:

@@ -39,7 +39,9 @@ WAYS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 """(train, balance); after an evaluation all of them must see the same."""
 
 
-def _run(train: dict[str, Any] | None = None, balance: dict[str, Any] | None = None, **sections: Any) -> RunConfig:
+def _run(
+    train: dict[str, Any] | None = None, balance: dict[str, Any] | None = None, **sections: Any
+) -> RunConfig:
     return tiny(
         model={"moe": MOE},
         parallel={"expert_parallel_size": 2},
@@ -93,7 +95,9 @@ def _expected() -> dict[str, Any]:
     for batch in batches(run, Ranks(), 0):
         mask = batch.mask_BS.flatten()
         seen: list[Any] = []
-        hooks = [router.register_forward_hook(lambda *call: seen.append(call[2])) for router in routers]
+        hooks = [
+            router.register_forward_hook(lambda *call, seen=seen: seen.append(call[2])) for router in routers
+        ]
         model(batch.input_ids_BS, batch.labels_BS, batch.mask_BS)
         for hook in hooks:
             hook.remove()

@@ -97,7 +97,9 @@ def _train(rank: int, source: Path, folder: Path, layout: str) -> None:
     experts = {name: only for name, only in watched.asked.items() if ".experts." in name}
     held = 8 // ep
     assert len(experts) == 4
-    assert all(only == {range(ranks.expert_rank * held, (ranks.expert_rank + 1) * held)} for only in experts.values())
+    assert all(
+        only == {range(ranks.expert_rank * held, (ranks.expert_rank + 1) * held)} for only in experts.values()
+    )
     assert watched.asked.keys() == set(weights.names())
     found = curve(train(engine, 0, STEPS))
     save(engine, TrainState(STEPS, 0), "data")
@@ -107,7 +109,9 @@ def _train(rank: int, source: Path, folder: Path, layout: str) -> None:
         logits_BSV = engine.model(ids_BS)
     engine.wrapped.destroy()
     if rank == 0:
-        save_file({"input_ids_BS": ids_BS, "logits_BSV": logits_BSV.contiguous()}, folder / "reference.safetensors")
+        save_file(
+            {"input_ids_BS": ids_BS, "logits_BSV": logits_BSV.contiguous()}, folder / "reference.safetensors"
+        )
         torch.save(vars(found), folder / "curve.pt")
 
 
@@ -158,7 +162,9 @@ def test_what_was_trained_on_loads_in_stock_transformers(layout: str, trained: d
 def test_the_first_forward_pass_is_that_of_the_stock_model(stock: Path, native: Path) -> None:
     import transformers
 
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(stock, dtype=torch.float32, local_files_only=True).eval()
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(
+        stock, dtype=torch.float32, local_files_only=True
+    ).eval()
     ids_BS = torch.randint(VOCAB, (2, LENGTH), generator=torch.Generator().manual_seed(3))
     for source in (stock, native):
         ours = build(_run(source, source, 1, 1), _alone(), open_weights(source)).eval()

@@ -80,7 +80,9 @@ def _under_deepspeed(rank: int) -> None:
     )
     engine = start(run, ranks_of(rank, 4, 2))
     assert isinstance(engine.wrapped.optimizer.optimizer, Muon)
-    assert not any(engine.wrapped.optimizer._is_muon_group(group) for group in engine.wrapped.optimizer.bit16_groups)
+    assert not any(
+        engine.wrapped.optimizer._is_muon_group(group) for group in engine.wrapped.optimizer.bit16_groups
+    )
     cuts = [len(place.share.cuts) for place in engine.wrapped.optimizer.optimizer._places.values()]
     assert sum(cuts) > 0, "this layout cuts matrices: the comparison with whole ones means something"
     norm = float(train(engine, 0, 1)[0].gradient_norm)

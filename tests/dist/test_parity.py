@@ -10,7 +10,6 @@ from tests.dist.layouts import batches, ranks_of, start, tiny, train
 from tests.dist.parity import Curve, Layout, curves, deviation, everything, matrix, quick
 from tests.harness import run_ranks
 
-
 SLOW = [layout for layout in matrix() if layout not in quick()]
 
 

@@ -58,7 +58,9 @@ def test_each_sample_comes_once_an_epoch_on_whatever_ranks(tmp_path: Path) -> No
         run_ranks(_stretch, world_size, tmp_path, world_size, run, tmp_path / "seen")
         manifest = folders.read_manifest(folders.step_folder(run.folder, until))
         assert manifest.next_sample == until * BATCH
-    seen = [sample for path in sorted((tmp_path / "seen").iterdir()) for sample in json.loads(path.read_text())]
+    seen = [
+        sample for path in sorted((tmp_path / "seen").iterdir()) for sample in json.loads(path.read_text())
+    ]
     assert len(seen) == 12 * BATCH
     epochs = [seen[at : at + SAMPLES] for at in range(0, len(seen), SAMPLES)]
     assert [sorted(epoch) for epoch in epochs[:-1]] == [list(range(SAMPLES))] * 4

@@ -122,9 +122,11 @@ def _second_fails(rank: int, folder: Path) -> None:
             train(engine, steps, steps + 1)
             steps += 1
             assert steps < 500
-        with pytest.raises(CheckpointError, match=r"^rank 1 could not write to .*step_2: No space left on device"):
+        with pytest.raises(
+            CheckpointError, match=r"^rank 1 could not write to .*step_2: No space left on device"
+        ):
             saver.finish(TrainState(steps, 10 * steps))
-    with pytest.raises(ZeroDivisionError), Saver.open(engine, "data", 1) as saver:
+    with pytest.raises(ZeroDivisionError), Saver.open(engine, "data", 1) as saver:  # noqa: PT012
         saver.save(TrainState(3, 30))
         raise ZeroDivisionError  # training fails elsewhere, while that is written
     tensors.write = real

@@ -78,7 +78,11 @@ class Case:
     @property
     def balance(self) -> BalanceConfig:
         """Losses of balance make no sense where experts choose."""
-        return BALANCE.model_copy(update={"global_batch_loss_weight": 0.0}) if self.choice == "expert" else BALANCE
+        return (
+            BALANCE.model_copy(update={"global_batch_loss_weight": 0.0})
+            if self.choice == "expert"
+            else BALANCE
+        )
 
 
 CASES = [
@@ -99,7 +103,13 @@ CASES = [
     Case("DeepSeek-V3, masked, starved", score="sigmoid", bias=True, masked="some", routing="starved"),
     Case("capped SwiGLU, recomputed", limit=0.7, recompute=True),
     Case("GPT-OSS", activation="gpt_oss", limit=0.7, expert_bias=True, masked="some"),
-    Case("GPT-OSS, starved, recomputed", activation="gpt_oss", expert_bias=True, routing="starved", recompute=True),
+    Case(
+        "GPT-OSS, starved, recomputed",
+        activation="gpt_oss",
+        expert_bias=True,
+        routing="starved",
+        recompute=True,
+    ),
     Case("latent", latent=4, shared=6),
     Case("latent, dropped", latent=4, expert_bias=True, capacity=Capacity(0.6, "score"), masked="some"),
     Case("drop by score", capacity=Capacity(0.8, "score")),

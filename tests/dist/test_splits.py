@@ -21,7 +21,11 @@ pytestmark = pytest.mark.timeout(600)
 GLOBAL_BATCH = 16
 RULES = ("sign", "proportional")
 SPLITS = [
-    (world, accumulation, ep) for world in (1, 2, 4) for accumulation in (1, 2, 4) for ep in (1, 2, 4) if ep <= world
+    (world, accumulation, ep)
+    for world in (1, 2, 4)
+    for accumulation in (1, 2, 4)
+    for ep in (1, 2, 4)
+    if ep <= world
 ]
 
 
