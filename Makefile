@@ -37,7 +37,7 @@ test: venv  ## The tests, with real 2- and 4-process runs, under 15 minutes on 2
 	$(OFFLINE) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-all: venv  ## The slow tests that `make test` leaves out
-	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not cluster" -n 2 --dist loadfile --no-loadscope-reorder
+	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not cluster and not nightly" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-cluster: venv  ## Launches and doctor on a testbed of namespaces; as root, installs by apt what it lacks; on a quiet machine
 	$(OFFLINE) $(BIN)/python -m pytest tests/cluster -m "slow and not nightly"
@@ -46,8 +46,8 @@ SEED ?= 1
 test-chaos: venv  ## 20 random faults in launched runs on a testbed; SEED=N draws others; as root
 	$(OFFLINE) $(BIN)/python -m tests.cluster.chaos --faults 20 --seed $(SEED)
 
-test-nightly: venv  ## On the testbed what 10 minutes don't hold: every fault by itself, 20 planned stops; half an hour and more
-	$(OFFLINE) $(BIN)/python -m pytest tests/cluster -m nightly
+test-nightly: venv  ## What CI has no time for: all layouts, recipes and kills; on a testbed each fault, 20 planned stops; an hour
+	$(OFFLINE) $(BIN)/python -m pytest -m nightly
 
 parity: venv  ## The layout parity, more of it than `make test` has, as a table: 151 layouts beside one process; half an hour
 	$(OFFLINE) $(BIN)/python -m tests.dist.parity
