@@ -41,6 +41,17 @@ def existing(folder: Path) -> Manifest | None:
 
 
 @contextmanager
+def errors_of_the_disk(folder: Path) -> Iterator[None]:
+    """What reading and writing raise as `DataError`, with the file that it is about, or `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: {error.strerror or error}. Check that it is there and its permissions."
+        ) from None
+
+
+@contextmanager
 def workspace(folder: Path, *, replace: bool) -> Iterator[Path]:
     """An empty folder to write in, which becomes `folder` if the block ends well and vanishes if not.
 

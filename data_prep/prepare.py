@@ -37,12 +37,8 @@ def prepare(recipe: DataRecipe, *, overwrite: bool = False) -> TokenData:
 
     Raises `DataError` for sources, tokenizers and folders that cannot be used; the folder is then as it was.
     """
-    try:
+    with output.errors_of_the_disk(recipe.folder):
         return _prepare(recipe, overwrite)
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or recipe.folder}: {error.strerror or error}. Check that it is there and its permissions."
-        ) from None
 
 
 def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:

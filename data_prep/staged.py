@@ -16,9 +16,9 @@ from data_prep import assemble, claim, executors, output, records, vocabulary
 from data_prep.documents import Source, nothing_left
 from data_prep.encode import Encode, MakeTokenizer, Part, ReadAndEncode
 from data_prep.encoding import Encoding
-from data_prep.files import matches
 from data_prep.marks import Mark, TestRuns
 from data_prep.parts import PartFacts
+from data_prep.paths import matches
 from data_prep.prepare import summarise, up_to_date
 from data_prep.recipe import DataRecipe, ExistingTokenizer
 from data_prep.records import Facts, Record, Unit
@@ -50,6 +50,11 @@ class Asked:
 
 def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
     """As `data_prep.prepare.prepare`; None where not all was asked for."""
+    with output.errors_of_the_disk(recipe.folder):
+        return _prepare(recipe, asked)
+
+
+def _prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
     sources = [open_source(config, tolerant=recipe.bad_rows == "quarantine") for config in recipe.sources]
     times = [source.times() for source in sources]
     stamps = [source.stamps() for source in sources]
