@@ -13,7 +13,7 @@ from data_prep.encoder import Encoder
 from data_prep.progress import watched
 from data_prep.recipe import BpeTokenizer, ChatSource, DataRecipe, ValidationSplit
 from data_prep.splits import SplitWriter
-from data_prep.texts import open_source
+from data_prep.texts import open_sources
 from data_prep.vocabulary import Vocabulary
 from moe import log
 from moe.data.shards import (
@@ -42,7 +42,7 @@ def prepare(recipe: DataRecipe, *, overwrite: bool = False) -> TokenData:
 
 
 def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
-    sources = [open_source(config) for config in recipe.sources]
+    sources = open_sources(recipe.sources)
     digests = [source.digest() for source in sources]
     tokenizer = recipe.tokenizer
     ready = None if isinstance(tokenizer, BpeTokenizer) else vocabulary.load(tokenizer)

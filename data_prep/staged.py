@@ -22,7 +22,7 @@ from data_prep.paths import matches
 from data_prep.prepare import summarise, up_to_date
 from data_prep.recipe import DataRecipe, ExistingTokenizer
 from data_prep.records import Facts, Record, Unit
-from data_prep.texts import ReadAndClean, open_source, portions
+from data_prep.texts import ReadAndClean, open_sources, portions
 from data_prep.verdicts import Judge
 from moe import log
 from moe.data.shards import FileStamp, SourceFacts, TokenData
@@ -55,7 +55,7 @@ def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
 
 
 def _prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
-    sources = [open_source(config, tolerant=recipe.bad_rows == "quarantine") for config in recipe.sources]
+    sources = open_sources(recipe.sources, tolerant=recipe.bad_rows == "quarantine")
     times = [source.times() for source in sources]
     stamps = [source.stamps() for source in sources]
     digests = [source.digest(found) for source, found in zip(sources, stamps, strict=True)]
@@ -242,6 +242,11 @@ class _Run:
             tuple(f"{number:05d}" for number in range(len(marks))),
         )
         (unit,), (record,) = self.step("verdicts", [(judge, [record.files for record in marked])])
+        if (read := sum(judge.documents)) and read == sum(record.facts.values()):
+            found = ", ".join(f"{count:,} {reason}" for reason, count in record.facts.items() if count)
+            raise DataError(
+                f"none of {read:,} documents stays: {found}. Check decontaminate: are the sources its tests?"
+            )
         return unit, record
 
     def _encode(

@@ -1,5 +1,6 @@
 """A recipe, a source or a tokenizer that cannot be used: one message, with the way out, and nothing left behind."""
 
+import json
 import os
 import shutil
 import sys
@@ -71,6 +72,14 @@ RECIPES: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
     "an option of the other tokenizer": (
         SOUND | {"tokenizer": {"type": "file", "path": "a", "vocab_size": 300}},
         ("vocab_size", "no such setting"),
+    ),
+    "more processes than any machine has": (
+        SOUND | {"executor": {"workers": 10**7}},
+        ("executor.workers is 10000000", "1000"),
+    ),
+    "more bands than memory holds": (
+        SOUND | {"duplicates": {"near": {"bands": 10**9}}},
+        ("duplicates.near.bands is 1000000000", "1000"),
     ),
     "a fraction of one": (
         SOUND | {"validation": {"fraction": 1.0}},
@@ -234,6 +243,28 @@ def test_a_file_is_read_once_by_whatever_links_it_is_found(tmp_path: Path) -> No
         source = {"type": "jsonl", "paths": [f"{folder}/**/*.jsonl", str(folder / "a.jsonl")]}
         data = prepared(tmp_path / name, [source], executor=workers)
         assert data.manifest.sources[0].read.documents == len(TEXTS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"executor": {"workers": 1}}])
+def test_two_sources_that_read_the_same_file_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl")
+    sources = [{"type": "jsonl", "paths": [paths]} for paths in (f"{tmp_path}/*.jsonl", str(path))]
+    refused(run(tmp_path, page(tmp_path, sources, **settings)), "a.jsonl: sources.0 and sources.1 both read")
+    other_field = {**sources[1], "text_field": "title"}
+    path.write_text("".join(json.dumps({"text": text, "title": text[::-1]}) + "\n" for text in TEXTS))
+    data = prepared(tmp_path, [sources[0], other_field], **settings)
+    assert [source.read.documents for source in data.manifest.sources] == [60, 60]
+
+
+def test_sources_of_which_nothing_stays_are_refused_with_the_reasons(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one two three four", "two three four five"])
+    recipe = page(
+        tmp_path,
+        [{"type": "jsonl", "paths": [str(path)]}],
+        decontaminate={"paths": [str(path)], "words": 3},
+        executor={"workers": 1},
+    )
+    refused(run(tmp_path, recipe), "none of 2 documents stays: 2 contaminated", "are the sources its tests?")
 
 
 def test_a_name_with_the_signs_of_a_pattern_is_a_name_where_nothing_matches_it(tmp_path: Path) -> None:
