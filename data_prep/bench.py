@@ -15,8 +15,10 @@ import sysconfig
 import tempfile
 import time
 from collections.abc import Sequence
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -79,32 +81,39 @@ def near(**options: Any) -> None:
 
 @command.command()
 @click.option("--megabytes", type=click.IntRange(1), default=100, show_default=True)
+@click.option("--workers", type=click.IntRange(1), default=2, show_default=True)
 @click.option("--text", type=click.Path(path_type=Path), help="A folder of text instead.")
-def agree(megabytes: int, text: Path | None) -> None:
+def agree(megabytes: int, workers: int, text: Path | None) -> None:
     """Count the tokens in which gigatoken and `tokenizers` agree; stop at the first in which they do not."""
     log.setup()
     with clean_exit(), tempfile.TemporaryDirectory() as place:
-        files = corpus.make(Path(place), text or Path(sysconfig.get_path("purelib")), megabytes, 1)
+        files = corpus.make(Path(place), text or Path(sysconfig.get_path("purelib")), megabytes, workers)
         folder = corpus.tokenizer(Path(place), files)
-        known = vocabulary.load(ExistingTokenizer(type="file", path=str(folder)))
-        ways = Encoder(known), Encoder(known, fast=False)
-        if ways[0].name == ways[1].name:
-            raise DataError(
-                "there is nothing to compare: gigatoken is not in use here. Install it: pip install 'turnout[data]'."
-            )
         tokens = documents = 0
-        for path in files:
-            for batch in peers.lines(path):
-                one, other = (way.encode([text.encode() for text in batch]) for way in ways)
-                if not (
-                    np.array_equal(one.ids_N, other.ids_N) and np.array_equal(one.lengths_D, other.lengths_D)
-                ):
-                    raise DataError(
-                        f"{ways[0].name} and {ways[1].name} differ in one of {len(batch)} documents after {tokens:,} "
-                        f"equal tokens: {_different(batch, ways)!r:.200}. Set tokenizer.fast=false for such text."
-                    )
-                tokens, documents = tokens + len(one.ids_N), documents + len(batch)
-        click.echo(f"{ways[0].name} = {ways[1].name}: {tokens:,} tokens of {documents:,} documents")
+        with get_context("spawn").Pool(workers) as pool:
+            for more in pool.imap(partial(_agree, folder=folder), files):
+                tokens, documents = tokens + more[0], documents + more[1]
+        click.echo(f"gigatoken = tokenizers: {tokens:,} tokens of {documents:,} documents")
+
+
+def _agree(path: Path, folder: Path) -> tuple[int, int]:
+    """Equal tokens of a file, and its documents."""
+    known = vocabulary.load(ExistingTokenizer(type="file", path=str(folder)))
+    ways = Encoder(known), Encoder(known, fast=False)
+    if ways[0].name == ways[1].name:
+        raise DataError(
+            "there is nothing to compare: gigatoken is not in use here. Install it: pip install 'turnout[data]'."
+        )
+    tokens = documents = 0
+    for batch in peers.lines(path):
+        one, other = (way.encode([text.encode() for text in batch]) for way in ways)
+        if not (np.array_equal(one.ids_N, other.ids_N) and np.array_equal(one.lengths_D, other.lengths_D)):
+            raise DataError(
+                f"{ways[0].name} and {ways[1].name} differ in one of {len(batch)} documents after {tokens:,} "
+                f"equal tokens of a file: {_different(batch, ways)!r:.200}. Set tokenizer.fast=false for such text."
+            )
+        tokens, documents = tokens + len(one.ids_N), documents + len(batch)
+    return tokens, documents
 
 
 @command.command(hidden=True)

@@ -59,9 +59,13 @@ NEAR = {
     ),
 }
 
+_COPIES_GO = {"exact": True, "near": {}}
 MEMORY = {
     "turnout prepare, in stages": Contender(_turnout),
     "turnout prepare, exact and near copies dropped": Contender(
-        partial(_turnout, duplicates={"exact": True, "near": {}}), ("rensa",)
+        partial(_turnout, duplicates=_COPIES_GO), ("rensa",)
+    ),
+    "turnout prepare, the same of cleaned text": Contender(
+        partial(_turnout, clean={"normalise": False}, duplicates=_COPIES_GO), ("rensa",)
     ),
 }

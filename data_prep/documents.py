@@ -52,6 +52,20 @@ class Source:
         with ThreadPoolExecutor(os.cpu_count()) as threads:  # reading and hashing let go of the interpreter
             return dict(zip(map(str, self.files), threads.map(FileStamp.of, self.files), strict=True))
 
+    def times(self) -> dict[str, tuple[int, int]]:
+        """Size, and time of the last change in nanoseconds, of each of `files`; ask before `stamps`."""
+        found = {str(path): path.stat() for path in self.files}
+        return {name: (status.st_size, status.st_mtime_ns) for name, status in found.items()}
+
+    def check_unchanged(self, times: Mapping[str, tuple[int, int]], stamps: Mapping[str, FileStamp]) -> None:
+        """Raises `DataError` for a file that is no longer what it was when `times` and `stamps` were asked for."""
+        for name, now in self.times().items():
+            if now != times[name] and not FileStamp.of(Path(name)).matches(stamps[name]):
+                raise DataError(
+                    f"{name}: this file was changed while it was read, so what was made of it is worth nothing. "
+                    f"Leave it alone, and run the same command again with --overwrite."
+                )
+
     def digest(self, stamps: Mapping[str, FileStamp] | None = None) -> str | None:
         """Hash of the names and contents of `files`; null where there are none to hash."""
         if not self.files:

@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 from data_prep import shares, vocabulary
+from data_prep.batches import BATCH_BYTES
 from data_prep.encoder import Encoder
 from data_prep.recipe import ExistingTokenizer, ValidationSplit
 from data_prep.records import Facts
@@ -14,8 +15,6 @@ from data_prep.splits import SplitWriter
 from moe.data.shards import FileStamp, Split, token_dtype
 
 SPLITS: tuple[Split, ...] = ("train", "validation")
-BATCH_BYTES = 1_000_000
-"""Of text encoded at a time; more is no faster, and takes several times its room more."""
 
 
 @dataclass(frozen=True)

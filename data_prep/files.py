@@ -1,9 +1,9 @@
 """Text, JSON lines and parquet files, plain or compressed -> documents."""
 
 import codecs
-import glob
 import gzip
 import json
+import os
 import zlib
 from collections.abc import Iterable, Iterator
 from functools import partial
@@ -15,12 +15,21 @@ from pydantic_core import from_json
 
 from data_prep.chat import conversation
 from data_prep.documents import Document, Dropped, Source, from_bytes, from_text
+from data_prep.paths import matches
 from data_prep.recipe import ChatSource, JsonlSource, ParquetSource, TextSource
 from moe.errors import DataError
 
 _CHUNK = 1 << 20
 _ROWS = 256
 _SAMPLE = 200
+_OTHER_KINDS = {
+    b"\x1f\x8b": "compressed by gzip, so its name should end in .gz",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd, so its name should end in .zst",
+    b"\xfd7zXZ": "compressed by xz, which is not read: unpack it",
+    b"\xff\xfe": "UTF-16, which is not read: convert it to UTF-8",
+    b"\xfe\xff": "UTF-16, which is not read: convert it to UTF-8",
+}
+"""First bytes that no line of JSON begins with."""
 
 
 class _BadRowError(DataError):
@@ -32,7 +41,7 @@ class _BadRowError(DataError):
 
 
 def text(config: TextSource) -> Source:
-    """A file is a document, or `separator` stands between two."""
+    """A file is a document, or `separator` stands between two; a byte order mark before the first is passed over."""
     return _source("text", config.paths, partial(_texts, separator=config.separator))
 
 
@@ -52,22 +61,6 @@ def parquet(config: ParquetSource) -> Source:
 def chat(config: ChatSource) -> Source:
     """A line is a conversation, its text the messages as JSON."""
     return _source("chat", config.paths, partial(_conversations, field=config.messages_field))
-
-
-def matches(patterns: list[str]) -> tuple[Path, ...]:
-    """Files that match, each once, sorted by path; raises `DataError` for a pattern that none does."""
-    found: set[Path] = set()
-    for pattern in patterns:
-        matches = [Path(match) for match in glob.glob(pattern, recursive=True)]  # noqa: PTH207  absolute patterns too
-        files = [match for match in matches if match.is_file()]
-        if not files:
-            what = "only folders match" if matches else "no such file, and nothing matches"
-            raise DataError(
-                f"{pattern}: {what}. Mend the path (it starts from {Path.cwd()}), or use a pattern such as "
-                f"folder/*.jsonl."
-            )
-        found.update(files)
-    return tuple(sorted(found))
 
 
 def objects(path: Path) -> Iterator[Any]:
@@ -99,9 +92,10 @@ def _source(kind: str, patterns: list[str], read: Any) -> Source:
 
 def _texts(path: Path, separator: str | None) -> Iterator[Document | Dropped]:
     if separator is None:
-        yield from_bytes(b"".join(chunks(path)))
+        yield from_bytes(b"".join(chunks(path)).removeprefix(codecs.BOM_UTF8))
     else:
-        yield from map(from_bytes, _split(chunks(path), separator.encode()))
+        for number, piece in enumerate(_split(chunks(path), separator.encode())):
+            yield from_bytes(piece if number else piece.removeprefix(codecs.BOM_UTF8))
 
 
 def _lines(path: Path, config: JsonlSource, tolerant: bool) -> Iterator[Document | Dropped]:
@@ -141,6 +135,9 @@ def _numbered(path: Path) -> Iterator[tuple[int, bytes]]:
     for number, line in enumerate(_split(chunks(path), b"\n"), start=1):
         if number == 1:
             line = line.removeprefix(codecs.BOM_UTF8)
+            for begins, what in _OTHER_KINDS.items():
+                if line.startswith(begins):
+                    raise DataError(f"{path}: this is no JSON but {what}.")
         if line.strip():
             yield number, line
 
@@ -230,6 +227,8 @@ def _check_column(path: Path, schema: Any, name: str, setting: str, what: str) -
             f"{path}: there is no column {name!r}, only {', '.join(map(repr, schema.names))}. "
             f"Set the source's {setting}."
         )
+    if (count := schema.names.count(name)) > 1:
+        raise DataError(f"{path}: there are {count} columns {name!r}. Rename or remove all but one of them.")
     kind = schema.field(name).type
     kind = kind.value_type if pa.types.is_dictionary(kind) else kind
     if kind not in (pa.string(), pa.large_string(), pa.string_view(), pa.binary(), pa.large_binary()):
@@ -255,10 +254,13 @@ def chunks(path: Path) -> Iterator[bytes]:
 
     try:
         with path.open("rb") as file:
-            if path.suffix == ".gz":
+            kind = path.suffix.lower()
+            if kind in (".gz", ".zst") and not os.fstat(file.fileno()).st_size:
+                raise EOFError("it is empty, which a compressed file of nothing is not")
+            if kind == ".gz":
                 with gzip.open(file) as plain:
                     yield from iter(partial(plain.read, _CHUNK), b"")
-            elif path.suffix == ".zst":
+            elif kind == ".zst":
                 yield from _unzstd(iter(partial(file.read, _CHUNK), b""))
             else:
                 yield from iter(partial(file.read, _CHUNK), b"")

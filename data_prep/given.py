@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from data_prep.files import matches
+from data_prep.paths import matches
 from data_prep.recipe import DataRecipe
 from data_prep.treatment import Clean
 from moe.data.shards import FileStamp

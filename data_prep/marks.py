@@ -14,7 +14,9 @@ import numpy.typing as npt
 import xxhash
 
 from data_prep import parts, shingles
+from data_prep.batches import Batches
 from data_prep.records import Facts
+from data_prep.texts import ReadAndClean
 from data_prep.treatment import Duplicates, NearDuplicates
 from moe.errors import DataError
 
@@ -23,33 +25,28 @@ EXACT, BANDS, CONTAMINATED = "exact.npy", "bands.npy", "contaminated.npy"
 
 @dataclass(frozen=True)
 class Mark:
-    """The work of a unit: marks of the part at `path`; `test_runs` holds sorted hashes of `test_words` words each."""
+    """The work of a unit: marks of its texts; `test_runs` holds sorted hashes of `test_words` words each.
 
-    path: Path
+    `texts` are the part at a path, or are read from their source, and then written nowhere.
+    """
+
+    texts: Path | ReadAndClean
     duplicates: Duplicates | None
     test_runs: Path | None
     test_words: int
 
     def __call__(self, folder: Path) -> Facts:
-        exact, near = (self.duplicates.exact, self.duplicates.near) if self.duplicates else (False, None)
-        tests_R = np.load(self.test_runs) if self.test_runs else None
-        found: dict[str, list[Any]] = {EXACT: [], BANDS: [], CONTAMINATED: []}
-        known = shingles.WordHashes()
-        for batch in parts.texts(self.path):
-            if exact:
-                found[EXACT].append(_digests(batch))
-            if near is None and tests_R is None:
-                continue
-            split = (shingles.split(text.decode()) for text in batch)
-            words_W, bounds_T = shingles.hashed(split, known)
-            if near is not None:
-                found[BANDS].append(bands(words_W, bounds_T, near))
-            if tests_R is not None:
-                found[CONTAMINATED].append(_hits(words_W, bounds_T, self.test_words, tests_R))
-        for name, rows in found.items():
-            if rows:
-                np.save(folder / name, np.concatenate(rows, axis=1 if name == BANDS else 0))
-        return {}
+        facts: Facts = {}
+        marks = _Marks(self)
+        if isinstance(self.texts, Path):
+            for batch in parts.texts(self.texts):
+                marks.add(batch)
+        else:
+            batches = Batches(marks.add)
+            facts = self.texts.read(folder, batches.add)
+            batches.close()
+        marks.save(folder)
+        return {**facts, "documents": marks.documents}
 
 
 @dataclass(frozen=True)
@@ -101,6 +98,41 @@ def bands(
     total_TB |= np.uint64(1)
     total_TB[np.diff(runs.bounds_T) == 0] = 0
     return np.ascontiguousarray(total_TB.T)
+
+
+class _Marks:
+    """Those of a unit, as they are found."""
+
+    def __init__(self, asked: Mark) -> None:
+        self._asked = asked
+        self._tests_R = np.load(asked.test_runs) if asked.test_runs else None
+        self._found: dict[str, list[Any]] = {EXACT: [], BANDS: [], CONTAMINATED: []}
+        self._known = shingles.WordHashes()
+        self.documents = 0
+
+    def add(self, batch: Sequence[bytes]) -> None:
+        """The next documents."""
+        if not batch:
+            return
+        self.documents += len(batch)
+        duplicates = self._asked.duplicates
+        if duplicates and duplicates.exact:
+            self._found[EXACT].append(_digests(batch))
+        near = duplicates.near if duplicates else None
+        if near is None and self._tests_R is None:
+            return
+        split = (shingles.split(text.decode()) for text in batch)
+        words_W, bounds_T = shingles.hashed(split, self._known)
+        if near is not None:
+            self._found[BANDS].append(bands(words_W, bounds_T, near))
+        if self._tests_R is not None:
+            hits_T = _hits(words_W, bounds_T, self._asked.test_words, self._tests_R)
+            self._found[CONTAMINATED].append(hits_T)
+
+    def save(self, folder: Path) -> None:
+        for name, rows in self._found.items():
+            if rows:
+                np.save(folder / name, np.concatenate(rows, axis=1 if name == BANDS else 0))
 
 
 def _digests(batch: Sequence[bytes]) -> npt.NDArray[np.uint64]:

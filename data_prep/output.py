@@ -4,12 +4,16 @@ import fcntl
 import os
 import shutil
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from multiprocessing.util import register_after_fork
 from pathlib import Path
 
 from moe.data.shards import MANIFEST_NAME, Manifest
 from moe.errors import DataError
+
+_SYNCS = 16
+"""Files brought to the disk at a time: many waits are hardly longer than one."""
 
 
 def existing(folder: Path) -> Manifest | None:
@@ -33,6 +37,17 @@ def existing(folder: Path) -> Manifest | None:
     except DataError as error:
         raise DataError(
             f"{error} Nothing was touched: remove the folder yourself, or use another output."
+        ) from None
+
+
+@contextmanager
+def errors_of_the_disk(folder: Path) -> Iterator[None]:
+    """What reading and writing raise as `DataError`, with the file that it is about, or `folder`."""
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or folder}: {error.strerror or error}. Check that it is there and its permissions."
         ) from None
 
 
@@ -76,7 +91,7 @@ def _publish(unfinished: Path, place: Path) -> None:
     if place.exists() and any(place.iterdir()):
         place.rename(old)
     unfinished.rename(place)
-    _sync_folder(place.parent)
+    _sync(place.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -103,17 +118,17 @@ def locked(place: Path) -> Iterator[None]:
 
 def sync(folder: Path) -> None:
     """Bring a folder and all in it to the disk."""
-    for path in sorted(folder.rglob("*")):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        else:
-            _sync_folder(path)
-    _sync_folder(folder)
+    paths = sorted(folder.rglob("*"))
+    with ThreadPoolExecutor(_SYNCS) as threads:
+        list(threads.map(_sync, (path for path in paths if path.is_file())))
+    for path in paths:
+        if not path.is_file():
+            _sync(path)
+    _sync(folder)
 
 
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -11,9 +11,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data_prep.batches import BATCH_BYTES
 from moe.recipe import Section
 
-_GROUP_BYTES = 4_000_000
 _SCHEMA = pa.schema([("text", pa.large_string()), ("row", pa.int64())])
 
 
@@ -45,7 +45,7 @@ class PartWriter:
         self._texts.append(text)
         self._rows.append(row)
         self._waiting += len(text)
-        if self._waiting >= _GROUP_BYTES:
+        if self._waiting >= BATCH_BYTES:
             self._flush()
         if self._bytes >= self.part_bytes:
             self._finish()
@@ -100,7 +100,7 @@ class PartWriter:
 
 
 def texts(path: Path) -> Iterator[list[bytes]]:
-    """The documents of a part as UTF-8, some megabytes at a time."""
+    """The documents of a part as UTF-8, a megabyte at a time."""
     with pq.ParquetFile(path) as file:
         for group in range(file.num_row_groups):
             table = file.read_row_group(group, columns=["text"], use_threads=False)

@@ -13,7 +13,7 @@ from data_prep.encoder import Encoder
 from data_prep.progress import watched
 from data_prep.recipe import BpeTokenizer, ChatSource, DataRecipe, ValidationSplit
 from data_prep.splits import SplitWriter
-from data_prep.texts import open_source
+from data_prep.texts import open_sources
 from data_prep.vocabulary import Vocabulary
 from moe import log
 from moe.data.shards import (
@@ -37,16 +37,12 @@ def prepare(recipe: DataRecipe, *, overwrite: bool = False) -> TokenData:
 
     Raises `DataError` for sources, tokenizers and folders that cannot be used; the folder is then as it was.
     """
-    try:
+    with output.errors_of_the_disk(recipe.folder):
         return _prepare(recipe, overwrite)
-    except OSError as error:
-        raise DataError(
-            f"{error.filename or recipe.folder}: {error.strerror or error}. Check that it is there and its permissions."
-        ) from None
 
 
 def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
-    sources = [open_source(config) for config in recipe.sources]
+    sources = open_sources(recipe.sources)
     digests = [source.digest() for source in sources]
     tokenizer = recipe.tokenizer
     ready = None if isinstance(tokenizer, BpeTokenizer) else vocabulary.load(tokenizer)

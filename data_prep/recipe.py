@@ -182,6 +182,11 @@ class DataRecipe(Section):
         return any(asked) or self.bad_rows == "quarantine"
 
     @property
+    def is_judged(self) -> bool:
+        """Whether all documents must have been seen before it is known which of them stay."""
+        return self.duplicates is not None or self.decontaminate is not None
+
+    @property
     def identity(self) -> dict[str, Any]:
         """What decides the tokens: the recipe but for where they go, how fast, and settings without effect."""
         page = self.model_dump(mode="json", exclude={"output": True, "executor": True, "tokenizer": {"fast"}})

@@ -1,7 +1,7 @@
 """A recipe -> a data folder by way of stages: text, marks, verdicts, tokenizer, encode; each begins on a whole one.
 
-Where there is a tokenizer and nothing has to see all documents before the first is encoded, the last stage reads and
-cleans the text itself, which is then written nowhere; unless a file is so large that its parts had better be shared.
+Where there is a tokenizer, the stages that mark and encode read the text themselves, which is then written nowhere;
+unless a file is so large that its parts had better be shared, or the text would be cleaned twice, which takes longer.
 
 The folder NAME.stages beside the output holds what the stages made, so that a run that was stopped goes on from there.
 """
@@ -16,20 +16,20 @@ from data_prep import assemble, claim, executors, output, records, vocabulary
 from data_prep.documents import Source, nothing_left
 from data_prep.encode import Encode, MakeTokenizer, Part, ReadAndEncode
 from data_prep.encoding import Encoding
-from data_prep.files import matches
 from data_prep.marks import Mark, TestRuns
 from data_prep.parts import PartFacts
+from data_prep.paths import matches
 from data_prep.prepare import summarise, up_to_date
 from data_prep.recipe import DataRecipe, ExistingTokenizer
 from data_prep.records import Facts, Record, Unit
-from data_prep.texts import ReadAndClean, open_source, portions
+from data_prep.texts import ReadAndClean, open_sources, portions
 from data_prep.verdicts import Judge
 from moe import log
 from moe.data.shards import FileStamp, SourceFacts, TokenData
 from moe.errors import DataError
 
 STAGES = ("text", "tests", "marks", "verdicts", "tokenizer", "encode")
-_FORMAT = 3
+_FORMAT = 4
 _LARGE_PARTS = 4
 """A file of more parts than these is cut into them before they are encoded."""
 
@@ -50,7 +50,13 @@ class Asked:
 
 def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
     """As `data_prep.prepare.prepare`; None where not all was asked for."""
-    sources = [open_source(config, tolerant=recipe.bad_rows == "quarantine") for config in recipe.sources]
+    with output.errors_of_the_disk(recipe.folder):
+        return _prepare(recipe, asked)
+
+
+def _prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
+    sources = open_sources(recipe.sources, tolerant=recipe.bad_rows == "quarantine")
+    times = [source.times() for source in sources]
     stamps = [source.stamps() for source in sources]
     digests = [source.digest(found) for source, found in zip(sources, stamps, strict=True)]
     tokenizer = recipe.tokenizer
@@ -75,6 +81,8 @@ def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
         if asked.dry_run:
             asked.say(f"all stages are done: {recipe.folder} is to be put together of what they made")
             return None
+        for source, before, stamp in zip(sources, times, stamps, strict=True):
+            source.check_unchanged(before, stamp)
         with output.workspace(recipe.folder, replace=asked.overwrite) as folder:
             names = [source.name for source in sources]
             manifest = assemble.assemble(recipe, list(zip(names, digests, strict=True)), made, folder)
@@ -108,7 +116,7 @@ class _Run:
             for unit, record, owner in zip(text, texts, owners, strict=True)
             for part in (PartFacts.model_validate(page) for page in record.facts["parts"])
         ]
-        verdicts = self._verdicts([(path, part.documents, stamp) for path, part, stamp, _ in files])
+        verdicts = self._verdicts([path for path, *_ in files], [stamp for *_, stamp, _ in files])
         parts = [
             Part(path, verdicts[0].folder / f"{number:05d}.npy" if verdicts else None)
             for number, (path, *_) in enumerate(files)
@@ -148,7 +156,7 @@ class _Run:
         """The stages of this recipe that follow."""
         skipped = {
             "tests": self.recipe.decontaminate is None,
-            "marks": not (self.recipe.duplicates or self.recipe.decontaminate),
+            "marks": not self.recipe.is_judged,
         }
         skipped["verdicts"] = skipped["marks"]
         return [name for name in STAGES[STAGES.index(stage) + 1 :] if not skipped.get(name)]
@@ -171,29 +179,36 @@ class _Run:
         limit = _LARGE_PARTS * recipe.part_megabytes * 10**6
         return (
             isinstance(recipe.tokenizer, ExistingTokenizer)
-            and recipe.duplicates is None
-            and recipe.decontaminate is None
+            and not (recipe.is_judged and (recipe.clean is not None or recipe.reads_html))
             and all(files and sum(file.bytes for file in files) <= limit for files in reads)
         )
 
     def _straight(
         self, work: Sequence[tuple[ReadAndClean, list[FileStamp]]], owners: Sequence[int]
     ) -> assemble.Made:
-        if self.asked.stage not in (None, "tokenizer", "encode"):
+        if self.asked.stage == "text":
             raise DataError(
-                f"--stage {self.asked.stage}: this recipe has a tokenizer and neither duplicates nor decontaminate, so "
-                f"its text is read by the stage that encodes it. Use --stage tokenizer, then --stage encode."
+                "--stage text: this recipe has a tokenizer and no clean block for its copies or tests, so its text is "
+                "read by the stages that mark and encode it. Use --stage marks or --stage encode."
             )
-        tokenizer, tokens, encoding = self._tokenizer((), [read for _, read in work])
-        units, found = self.step(
-            "encode", [(ReadAndEncode(do, encoding), [read, tokens.files]) for do, read in work]
-        )
+        reads = [read for _, read in work]
+        verdicts = self._verdicts([do for do, _ in work], reads)
+        tokenizer, tokens, encoding = self._tokenizer((), reads)
+        encode = []
+        for number, (do, read) in enumerate(work):
+            name = f"{number:05d}.npy"
+            judged = (verdicts[0].folder / name, verdicts[1].files[name]) if verdicts else (None, None)
+            encode.append((ReadAndEncode(do, encoding, judged[0]), [read, tokens.files, judged[1]]))
+        units, found = self.step("encode", encode)
         made = list(zip(units, found, owners, strict=True))
         return assemble.Made(tokenizer, tokens, made, made)
 
-    def _verdicts(self, files: Sequence[tuple[Path, int, FileStamp]]) -> tuple[Unit, Record] | None:
-        duplicates, tests = self.recipe.duplicates, self.recipe.decontaminate
-        if duplicates is None and tests is None:
+    def _verdicts(
+        self, texts: Sequence[Path | ReadAndClean], reads: Sequence[Any]
+    ) -> tuple[Unit, Record] | None:
+        """Of the documents of parts, or of what is read of sources."""
+        tests = self.recipe.decontaminate
+        if not self.recipe.is_judged:
             if self.asked.stage in ("tests", "marks", "verdicts"):
                 raise DataError(
                     f"--stage {self.asked.stage}: the recipe has neither duplicates nor decontaminate. Leave it out."
@@ -213,19 +228,25 @@ class _Run:
                 f"{short:,}",
             )
             runs, tests_read = unit.folder / "runs.npy", record.files["runs.npy"]
+        words = tests.words if tests else 0
         marks, marked = self.step(
             "marks",
             [
-                (Mark(path, duplicates, runs, tests.words if tests else 0), [stamp, tests_read])
-                for path, _, stamp in files
+                (Mark(text, self.recipe.duplicates, runs, words), [read, tests_read])
+                for text, read in zip(texts, reads, strict=True)
             ],
         )
         judge = Judge(
             tuple(unit.folder for unit in marks),
-            tuple(documents for _, documents, _ in files),
-            tuple(f"{number:05d}" for number in range(len(files))),
+            tuple(record.facts["documents"] for record in marked),
+            tuple(f"{number:05d}" for number in range(len(marks))),
         )
         (unit,), (record,) = self.step("verdicts", [(judge, [record.files for record in marked])])
+        if (read := sum(judge.documents)) and read == sum(record.facts.values()):
+            found = ", ".join(f"{count:,} {reason}" for reason, count in record.facts.items() if count)
+            raise DataError(
+                f"none of {read:,} documents stays: {found}. Check decontaminate: are the sources its tests?"
+            )
         return unit, record
 
     def _encode(

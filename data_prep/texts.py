@@ -26,6 +26,7 @@ from data_prep.records import Facts
 from data_prep.stdlib import stdlib
 from data_prep.treatment import Clean
 from data_prep.warc import warc
+from moe.errors import DataError
 
 QUARANTINE = "quarantine.jsonl"
 _EXAMPLES = 5
@@ -49,6 +50,21 @@ def open_source(config: SourceConfig, *, tolerant: bool = False) -> Source:
             return hub(config)
         case ChatSource():
             return files.chat(config)
+
+
+def open_sources(configs: Sequence[SourceConfig], *, tolerant: bool = False) -> list[Source]:
+    """All of a recipe. Raises `DataError` for a file that two of them would read in the same way."""
+    sources = [open_source(config, tolerant=tolerant) for config in configs]
+    readers: dict[tuple[str, Path], int] = {}
+    for number, (config, source) in enumerate(zip(configs, sources, strict=True)):
+        way = repr(config.model_dump(exclude={"paths"}))
+        for path in source.files:
+            if (other := readers.setdefault((way, path.resolve()), number)) != number:
+                raise DataError(
+                    f"{path}: sources.{other} and sources.{number} both read this file, so its text would be there "
+                    f"twice. Take it out of one of them; weights and epochs of a mixture show text more often."
+                )
+    return sources
 
 
 def portions(

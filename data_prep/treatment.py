@@ -2,7 +2,7 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from moe.recipe import PathText, Section
 
@@ -62,13 +62,13 @@ class Clean(Section):
 class NearDuplicates(Section):
     """MinHash: of documents that are alike only the first stays."""
 
-    shingle_words: PositiveInt = 5
+    shingle_words: Annotated[int, Field(ge=1, le=1_000)] = 5
     """Words of a shingle; documents are alike as far as they share shingles."""
-    bands: PositiveInt = 20
+    bands: Annotated[int, Field(ge=1, le=1_000)] = 20
     """Chances to be found alike; more find more."""
-    rows: PositiveInt = 8
+    rows: Annotated[int, Field(ge=1, le=100)] = 8
     """Hashes that must agree in a band; more find less."""
-    seed: NonNegativeInt = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     """Another seed, other hashes."""
 
 
@@ -92,7 +92,7 @@ class Decontaminate(Section):
     """Files or glob patterns: in .jsonl (.gz, .zst) each object is a text, any other file is one."""
     fields: list[NonEmpty] = Field(default_factory=lambda: ["text"], min_length=1)
     """Keys of the objects whose strings are test text; those that an object lacks are passed over."""
-    words: Annotated[int, Field(ge=2)] = 13
+    words: Annotated[int, Field(ge=2, le=1_000)] = 13
     """Length of the run."""
 
 
@@ -107,7 +107,7 @@ class LocalExecutor(_Executor):
     """Processes of this machine."""
 
     type: Literal["local"]
-    workers: PositiveInt | None = None
+    workers: Annotated[int, Field(ge=1, le=1_000)] | None = None
     """Processes at work; null: one a core. The result is the same for any number."""
 
 
@@ -137,7 +137,7 @@ class RayExecutor(_Executor):
     type: Literal["ray"]
     address: NonEmpty | None = None
     """A running cluster such as auto or host:port; null: start one of this machine alone, and end it."""
-    workers: PositiveInt | None = None
+    workers: Annotated[int, Field(ge=1, le=1_000)] | None = None
     """Processes at work on this machine; null: one a core. On a running cluster its cores decide."""
     cpus: PositiveInt = 1
     """Cores of a task."""

@@ -16,6 +16,7 @@ import numpy.typing as npt
 import xxhash
 
 from data_prep import files
+from data_prep.paths import matches
 from data_prep.treatment import UrlFilter
 from moe.errors import DataError
 
@@ -91,7 +92,7 @@ def _entry(line: str) -> str:
 def _entries(patterns: list[str], setting: str) -> list[str]:
     if not patterns:
         return []
-    lines = (line for path in files.matches(patterns) for line in files.whole(path).splitlines())
+    lines = (line for path in matches(patterns) for line in files.whole(path).splitlines())
     read = _entry if setting == "block" else lambda line: line.strip().lower()
     found = [read(line) for line in _without_notes(lines)]
     if not found:

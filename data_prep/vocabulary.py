@@ -4,7 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -137,7 +137,7 @@ def load(config: ExistingTokenizer) -> Vocabulary:
             f"one; a slow tokenizer gets one from transformers' save_pretrained."
         )
     try:
-        tokenizer = Tokenizer.from_file(str(page))
+        tokenizer = _parsed(page.read_bytes())
     except Exception as error:  # tokenizers raises nothing narrower
         raise DataError(
             f"{page}: this is not a tokenizer that `tokenizers` reads ({error}). Save it again."
@@ -151,9 +151,15 @@ def load(config: ExistingTokenizer) -> Vocabulary:
                 f"{page}: there is no token {token!r} in its vocabulary, which documents or rows would end with. "
                 f"Set tokenizer.{setting} to one that is."
             )
+    return _plain(Vocabulary(tokenizer, eos_token, pad_token, files))
+
+
+@lru_cache(maxsize=1)  # it takes a tenth of a second, which forked workers are spared
+def _parsed(page: bytes) -> Tokenizer:
+    tokenizer = Tokenizer.from_buffer(page)
     tokenizer.no_truncation()
     tokenizer.no_padding()
-    return _plain(Vocabulary(tokenizer, eos_token, pad_token, files))
+    return tokenizer
 
 
 def _plain(vocabulary: Vocabulary) -> Vocabulary:

@@ -9,6 +9,7 @@ from typing import Any
 
 from data_prep import files
 from data_prep.documents import Document, Dropped, Source, from_bytes, from_text
+from data_prep.paths import matches
 from data_prep.recipe import WarcSource
 from moe.errors import DataError
 
@@ -37,7 +38,7 @@ def warc(config: WarcSource) -> Source:
             "files to jsonl."
         ) from None
     extract = _extractor() if config.html else None
-    paths = files.matches(config.paths)
+    paths = matches(config.paths)
     return Source(
         f"warc {' '.join(config.paths)}",
         paths,

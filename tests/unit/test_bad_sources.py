@@ -1,16 +1,23 @@
 """A recipe, a source or a tokenizer that cannot be used: one message, with the way out, and nothing left behind."""
 
+import json
+import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
 
 from data_prep.run import command
 from tests.unit.corpus import (
     PREPARED,
+    TEXTS,
+    all_texts,
     cut,
     flip,
     page,
@@ -65,6 +72,14 @@ RECIPES: dict[str, tuple[dict[str, Any] | str, tuple[str, ...]]] = {
     "an option of the other tokenizer": (
         SOUND | {"tokenizer": {"type": "file", "path": "a", "vocab_size": 300}},
         ("vocab_size", "no such setting"),
+    ),
+    "more processes than any machine has": (
+        SOUND | {"executor": {"workers": 10**7}},
+        ("executor.workers is 10000000", "1000"),
+    ),
+    "more bands than memory holds": (
+        SOUND | {"duplicates": {"near": {"bands": 10**9}}},
+        ("duplicates.near.bands is 1000000000", "1000"),
     ),
     "a fraction of one": (
         SOUND | {"validation": {"fraction": 1.0}},
@@ -166,6 +181,38 @@ SOURCES: dict[str, tuple[str, Callable[[Path], Any], tuple[str, ...]]] = {
         lambda folder: write_text(folder / "a.jsonl", b"[1, 2]\n"),
         ("a.jsonl:1: there is no 'text' in this line, only no object but [1, 2]",),
     ),
+    "two columns of one name": (
+        "parquet",
+        lambda folder: pq.write_table(
+            pa.Table.from_arrays([pa.array(TEXTS)] * 2, names=["text"] * 2), folder / "a.parquet"
+        ),
+        ("a.parquet: there are 2 columns 'text'", "Rename or remove"),
+    ),
+    "lines in UTF-16": (
+        "jsonl",
+        lambda folder: (folder / "a.jsonl").write_bytes('{"text": "a"}\n'.encode("utf-16")),
+        ("a.jsonl: this is no JSON but UTF-16", "convert it to UTF-8"),
+    ),
+    "a gz that does not say so": (
+        "jsonl",
+        lambda folder: write_jsonl(folder / "b.jsonl.gz").rename(folder / "a.jsonl"),
+        ("a.jsonl: this is no JSON but compressed by gzip", "should end in .gz"),
+    ),
+    "a gz cut to nothing": (
+        "jsonl.gz",
+        lambda folder: (folder / "a.jsonl.gz").touch(),
+        ("a.jsonl.gz: this file cannot be read to its end", "it is empty", "copy it again"),
+    ),
+    "a link that leads nowhere": (
+        "jsonl",
+        lambda folder: (folder / "a.jsonl").symlink_to("b.jsonl"),
+        ("a.jsonl: this link leads to", "b.jsonl, where nothing is"),
+    ),
+    "a pipe": (
+        "jsonl",
+        lambda folder: os.mkfifo(folder / "a.jsonl"),
+        ("a.jsonl: this is no file but a pipe or a device", "Write it to a file"),
+    ),
     "only dropped documents": (
         "text",
         lambda folder: write_text(folder / "a.text", b"\xff\xff"),
@@ -183,6 +230,76 @@ def test_a_source_that_cannot_be_used_is_refused(tmp_path: Path, yard_tokenizer:
     result = run(tmp_path, page(tmp_path, [source], tokenizer={"type": "file", "path": str(yard_tokenizer)}))
     refused(result, *words)
     assert sorted(path.name for path in tmp_path.iterdir()) == sorted([*before, "recipe.yaml"])
+
+
+def test_a_file_is_read_once_by_whatever_links_it_is_found(tmp_path: Path) -> None:
+    folder = tmp_path / "in"
+    folder.mkdir()
+    write_jsonl(folder / "a.jsonl")
+    (folder / "0").symlink_to(folder)
+    (folder / "0.jsonl").symlink_to("a.jsonl")
+    for name, workers in (("plain", None), ("staged", {"workers": 1})):
+        (tmp_path / name).mkdir()
+        source = {"type": "jsonl", "paths": [f"{folder}/**/*.jsonl", str(folder / "a.jsonl")]}
+        data = prepared(tmp_path / name, [source], executor=workers)
+        assert data.manifest.sources[0].read.documents == len(TEXTS)
+
+
+@pytest.mark.parametrize("settings", [{}, {"executor": {"workers": 1}}])
+def test_two_sources_that_read_the_same_file_are_refused(tmp_path: Path, settings: dict[str, Any]) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl")
+    sources = [{"type": "jsonl", "paths": [paths]} for paths in (f"{tmp_path}/*.jsonl", str(path))]
+    refused(run(tmp_path, page(tmp_path, sources, **settings)), "a.jsonl: sources.0 and sources.1 both read")
+    other_field = {**sources[1], "text_field": "title"}
+    path.write_text("".join(json.dumps({"text": text, "title": text[::-1]}) + "\n" for text in TEXTS))
+    data = prepared(tmp_path, [sources[0], other_field], **settings)
+    assert [source.read.documents for source in data.manifest.sources] == [60, 60]
+
+
+def test_sources_of_which_nothing_stays_are_refused_with_the_reasons(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", ["one two three four", "two three four five"])
+    recipe = page(
+        tmp_path,
+        [{"type": "jsonl", "paths": [str(path)]}],
+        decontaminate={"paths": [str(path)], "words": 3},
+        executor={"workers": 1},
+    )
+    refused(run(tmp_path, recipe), "none of 2 documents stays: 2 contaminated", "are the sources its tests?")
+
+
+def test_a_name_with_the_signs_of_a_pattern_is_a_name_where_nothing_matches_it(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a [1]*?.jsonl")
+    assert all_texts(prepared(tmp_path, [{"type": "jsonl", "paths": [str(path)]}])) == sorted(TEXTS)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere the disk does not take such a name")
+def test_a_name_that_is_not_utf_8_is_refused(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / os.fsdecode(b"a\xff.jsonl"))
+    source = {"type": "jsonl", "paths": [f"{tmp_path}/*.jsonl"]}
+    refused(run(tmp_path, page(tmp_path, [source])), "a\\udcff.jsonl", "not UTF-8")
+
+
+def test_a_byte_order_mark_is_no_text(tmp_path: Path) -> None:
+    for number, text in enumerate(TEXTS):
+        (tmp_path / f"{number}.text").write_text(text, encoding="utf-8-sig")
+    (tmp_path / "more.csv").write_text("x,y", encoding="utf-8-sig")
+    data = prepared(
+        tmp_path,
+        [
+            {"type": "text", "paths": [f"{tmp_path}/*.text"]},
+            {"type": "text", "paths": [f"{tmp_path}/more.csv"], "separator": ","},
+        ],
+    )
+    assert all_texts(data) == sorted([*TEXTS, "x", "y"])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="there is such a file on Linux alone")
+@pytest.mark.parametrize("settings", [{}, {"executor": {"workers": 1}}])
+def test_a_file_that_the_system_does_not_let_us_read_is_one_error(
+    tmp_path: Path, settings: dict[str, Any]
+) -> None:
+    recipe = page(tmp_path, [{"type": "text", "paths": ["/proc/self/mem"]}], **settings)
+    refused(run(tmp_path, recipe), "Input/output error", "permissions")
 
 
 def test_a_dataset_out_of_reach_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

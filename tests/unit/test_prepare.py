@@ -285,6 +285,7 @@ def test_a_killed_run_leaves_no_data_and_the_next_one_works(tmp_path: Path) -> N
         assert process.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.02)
+    process.send_signal(signal.SIGSTOP)  # or it may be done first
     busy = run(tmp_path, recipe)
     assert busy.exit_code == 2
     assert "another run is preparing this folder" in busy.stderr

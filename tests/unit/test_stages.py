@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import yaml
 
+from data_prep.verdicts import Judge
 from moe.data.shards import MANIFEST_NAME, TokenData
 from tests.unit.corpus import (
     PREPARED,
@@ -103,14 +104,84 @@ def test_without_any_treatment_stages_give_the_tokens_of_one_piece(tmp_path: Pat
     _sums(other)
 
 
+@pytest.fixture(scope="module")
+def yard_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
+    source = {"type": "jsonl", "paths": [str(write_jsonl(folder / "a.jsonl"))]}
+    return prepared(folder, [source]).tokenizer_folder
+
+
+def _read_twice(tokenizer: Path) -> dict[str, Any]:
+    """Settings by which the text is read to be judged, and once more to be encoded."""
+    return {
+        "clean": None,
+        "tokenizer": {"type": "file", "path": str(tokenizer)},
+        "executor": {"workers": 1},
+    }
+
+
+def _tests_of(folder: Path) -> dict[str, Any]:
+    return {"paths": [str(write_jsonl(folder / "eval.jsonl", [LONG[3]]))]}
+
+
+def test_text_that_is_read_twice_and_written_nowhere_gives_the_same_tokens_and_accounts(
+    tmp_path: Path, yard_tokenizer: Path
+) -> None:
+    sources, made = _pages(tmp_path / "in"), []
+    settings = {**STAGED, **_read_twice(yard_tokenizer), "decontaminate": _tests_of(tmp_path)}
+    for name, clean in (("twice", None), ("written", {"normalise": False})):
+        (tmp_path / name).mkdir()
+        made.append(prepared(tmp_path / name, sources, **{**settings, "clean": clean}))
+        _sums(made[-1])
+        assert (tmp_path / name / f"{PREPARED}.stages" / "text").exists() == (name == "written")
+    twice, written = (contents(data.folder) for data in made)
+    assert made[0].manifest.sources == made[1].manifest.sources
+    assert set(made[0].manifest.sources[1].dropped) == {"contaminated", "exact duplicate", "near duplicate"}
+    differing = {name for name in twice | written if twice.get(name) != written.get(name)}
+    assert differing <= {MANIFEST_NAME, f"{MANIFEST_NAME}.xxh3", "report.json", "report.html"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda text: text + '{"text": "one more"}\n', ("encode 00000", "other documents now than the")),
+        (lambda text: text.replace("signal", "sIgnal"), ("in/0.jsonl", "changed while it was read")),
+    ],
+)
+def test_a_file_that_changes_between_the_two_times_that_it_is_read_is_told(
+    tmp_path: Path,
+    yard_tokenizer: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    change: Callable[[str], str],
+    words: Sequence[str],
+) -> None:
+    recipe = page(tmp_path, _pages(tmp_path / "in"), **{**STAGED, **_read_twice(yard_tokenizer)})
+    path, judge = tmp_path / "in" / "0.jsonl", Judge.__call__
+
+    def and_change(self: Judge, folder: Path) -> dict[str, Any]:
+        path.write_text(change(path.read_text()))
+        return judge(self, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Judge, "__call__", and_change)
+        refused(run(tmp_path, recipe), *words, "--overwrite")
+    assert not (tmp_path / PREPARED).exists()
+    refused(run(tmp_path, recipe), "(sources changed)", "--overwrite")
+    assert run(tmp_path, recipe, "--overwrite").exit_code == 0
+
+
+@pytest.mark.parametrize("is_read_twice", [False, True])
 @pytest.mark.parametrize("counts", [(1, 2), pytest.param((1, 2, 4), marks=pytest.mark.slow)])
-def test_any_number_of_workers_gives_the_same_bytes(tmp_path: Path, counts: tuple[int, ...]) -> None:
+def test_any_number_of_workers_gives_the_same_bytes(
+    tmp_path: Path, yard_tokenizer: Path, counts: tuple[int, ...], is_read_twice: bool
+) -> None:
     sources = _pages(tmp_path / "in")
+    settings = {**STAGED, **(_read_twice(yard_tokenizer) if is_read_twice else {})}
     made = []
     for workers in counts:
         folder = tmp_path / str(workers)
         folder.mkdir()
-        data = prepared(folder, sources, **{**STAGED, "executor": {"workers": workers}})
+        data = prepared(folder, sources, **{**settings, "executor": {"workers": workers}})
         made.append(contents(data.folder))
     assert all(bytes_of == made[0] for bytes_of in made)
 
@@ -123,7 +194,8 @@ def test_parts_change_nothing_but_the_bounds_of_shards(tmp_path: Path) -> None:
     sources, ids = [{"type": "jsonl", "paths": [f"{folder}/a.jsonl"]}], []
     for part in (1, 64):
         (tmp_path / str(part)).mkdir()
-        data = prepared(tmp_path / str(part), sources, **{**STAGED, "clean": None}, part_megabytes=part)
+        settings = {**STAGED, "clean": {"normalise": False}}
+        data = prepared(tmp_path / str(part), sources, **settings, part_megabytes=part)
         ids.append(data.tokens("train", 0, data.num_tokens("train")))
         _sums(data)
         (source,) = data.manifest.sources
@@ -320,13 +392,13 @@ def _turnout(folder: Path, recipe: Mapping[str, Any]) -> subprocess.Popen[bytes]
 
 
 def _killed_again_and_again(
-    folder: Path, sources: Sequence[Mapping[str, Any]], kills: int, longest: float
+    folder: Path, sources: Sequence[Mapping[str, Any]], settings: Mapping[str, Any], kills: int
 ) -> None:
-    recipe = page(folder, sources, **{**STAGED, "executor": {"workers": 2}})
+    recipe = page(folder, sources, **{**settings, "executor": {"workers": 2}})
     draw = random.Random(0)
     for _ in range(kills):
         process = _turnout(folder, recipe)
-        time.sleep(draw.uniform(0.3, longest))
+        time.sleep(draw.uniform(0.3, 3.0))
         process.kill() if draw.random() < 0.5 else os.killpg(process.pid, signal.SIGKILL)
         process.wait()
         if (folder / PREPARED / MANIFEST_NAME).exists():
@@ -335,13 +407,23 @@ def _killed_again_and_again(
     assert _turnout(folder, recipe).wait(120) == 0
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(20, marks=pytest.mark.slow)])
-def test_killed_at_random_moments_and_run_again_the_bytes_are_the_same(tmp_path: Path, kills: int) -> None:
+@pytest.mark.parametrize(
+    ("kills", "is_read_twice"),
+    [
+        (2, False),
+        pytest.param(20, False, marks=pytest.mark.slow),
+        pytest.param(20, True, marks=pytest.mark.slow),
+    ],
+)
+def test_killed_at_random_moments_and_run_again_the_bytes_are_the_same(
+    tmp_path: Path, yard_tokenizer: Path, kills: int, is_read_twice: bool
+) -> None:
     sources = _pages(tmp_path / "in")
+    settings = {**STAGED, **(_read_twice(yard_tokenizer) if is_read_twice else {})}
     (tmp_path / "calm").mkdir()
     (tmp_path / "killed").mkdir()
-    calm = prepared(tmp_path / "calm", sources, **STAGED)
-    _killed_again_and_again(tmp_path / "killed", sources, kills, longest=3.0)
+    calm = prepared(tmp_path / "calm", sources, **settings)
+    _killed_again_and_again(tmp_path / "killed", sources, settings, kills)
     assert contents(tmp_path / "killed" / PREPARED) == contents(calm.folder)
     assert not list(tmp_path.rglob("*.unfinished"))
 
