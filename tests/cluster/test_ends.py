@@ -6,8 +6,8 @@ from contextlib import suppress
 import psutil
 import pytest
 
-from tests.cluster.conftest import Place, wait
-from tests.cluster.cost import LIMITS, give_up, to_the_end, undisturbed
+from tests.cluster.conftest import LONG, Place, wait
+from tests.cluster.cost import LIMITS, give_up, to_the_end
 from tests.cluster.faults import whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
@@ -48,10 +48,11 @@ def test_no_process_of_a_job_is_left_ten_seconds_after_its_end(
         whole(place)
 
 
-def test_a_run_comes_back_on_fewer_nodes_and_then_on_more_with_the_same_batch(place: Place) -> None:
-    run, steps = "runs/elastic", 120
-    expected = place.losses(undisturbed(place, steps))
-    place.launch(run, "slurm", *LIMITS, "--min-nodes", "1", f"train.steps={steps}")
+def test_a_run_comes_back_on_fewer_nodes_and_then_on_more_with_the_same_batch(
+    place: Place, long: dict[int, float]
+) -> None:
+    run = "runs/elastic"
+    place.launch(run, "slurm", *LIMITS, "--min-nodes", "1", f"train.steps={LONG}")
     wait(lambda: place.step(run) >= 3, "step 3")
     place.slurm("scontrol", "update", "NodeName=n[2-3]", "State=DRAIN", "Reason=a test")
     try:
@@ -69,5 +70,5 @@ def test_a_run_comes_back_on_fewer_nodes_and_then_on_more_with_the_same_batch(pl
     assert [attempt.outcome for attempt in attempts] == ["saved", "saved", "done"]
     assert [attempt.overrides for attempt in attempts] == [(), ("parallel.expert_parallel_size=2",), ()]
     assert [attempt.last_step for attempt in attempts[:2]] == [attempt.from_step for attempt in attempts[1:]]
-    assert place.losses(run) == pytest.approx(expected, rel=1e-5)
+    assert place.losses(run) == pytest.approx(long, rel=1e-5)
     whole(place)
