@@ -223,6 +223,12 @@ def lacking() -> str:
     return ""
 
 
+def _end(number: int, _: object) -> None:
+    """So that all is cleaned up, and by a second signal, as `timeout` sends it, no less."""
+    signal.signal(number, signal.SIG_IGN)
+    pytest.exit("ended by SIGTERM")
+
+
 @pytest.fixture(scope="session")
 def home() -> Iterator[Path]:
     """With a file system of 4 MB in it, made before the machines are, so that they see it."""
@@ -233,7 +239,7 @@ def home() -> Iterator[Path]:
         testbed.check(slurm=True)
     except LaunchError as error:
         pytest.skip(str(error))
-    signal.signal(signal.SIGTERM, lambda *_: pytest.exit("ended by SIGTERM"))  # so that all is cleaned up
+    signal.signal(signal.SIGTERM, _end)
     home = Path(tempfile.mkdtemp(prefix="turnout-"))
     small = home / "small"
     small.mkdir()

@@ -16,11 +16,11 @@ from tests.cluster.conftest import Place, wait
 from tests.unit.corpus import contents
 from tests.unit.failing import BAD
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 SECONDS = 40
 DOUBT_SECONDS = 5
-"""For a record to be seen, which on one machine it is at once; NFS is given more."""
+"""For a record to be seen, or a task to begin yet; users' clusters are given more."""
 STAGED = {
     "name": "staged",
     "sources": [{"type": "text", "paths": [f"{Path(json.__file__).parent}/*.py"]}],
@@ -73,7 +73,6 @@ def test_through_slurm_the_bytes_are_those_of_a_local_run(place: Place) -> None:
     assert "up to date" in _prepare(place, "with space", "--executor", "slurm")
 
 
-@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("how", "words"),
     {
@@ -100,7 +99,6 @@ def test_a_failed_task_ends_the_command_and_is_named(place: Place, how: str, wor
     assert not list((place.folder / folder / "stage").glob(f"*0000{BAD}*"))
 
 
-@pytest.mark.cluster
 def test_a_cancelled_task_ends_the_command(place: Place) -> None:
     process, job = _hanging(place, "bad-cancelled", "{type: slurm}")
     place.slurm("scancel", f"{job}_{BAD}")
@@ -111,14 +109,12 @@ def test_a_cancelled_task_ends_the_command(place: Place) -> None:
     assert f"0000{BAD}" in said
 
 
-@pytest.mark.cluster
 def test_what_slurm_refuses_is_said(place: Place) -> None:
     process = _failing(place, "well", "refused", "{type: slurm, partition: nowhere}")
     said = process.communicate(timeout=100)[0]
     assert (process.returncode, "invalid partition" in said) == (2, True), said
 
 
-@pytest.mark.cluster
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [("partition: urgent, task_minutes: 60", "PartitionTimeLimit"), ("cpus: 4000", "PartitionConfig")],
@@ -136,7 +132,6 @@ def test_a_task_that_cannot_begin_ends_the_command(place: Place, settings: str, 
         place.slurm("scontrol", "update", "PartitionName=urgent", "MaxTime=INFINITE")
 
 
-@pytest.mark.cluster
 def test_slurms_time_limit_ends_the_command(place: Place) -> None:
     process, job = _hanging(place, "bad-slow", "{type: slurm, task_minutes: 60, workers: 2}")
     task = f"{job}_{BAD % 2}"  # with two tasks in the array, every second part is its
@@ -147,7 +142,6 @@ def test_slurms_time_limit_ends_the_command(place: Place) -> None:
     assert f"0000{BAD}" in said
 
 
-@pytest.mark.cluster
 def test_what_a_killed_command_left_in_the_queue_is_cancelled_by_the_next(place: Place) -> None:
     process = _failing(place, "hangs", "orphan", "{type: slurm}")
     page = place.folder / "orphan/slurm/job"

@@ -53,14 +53,17 @@ def units(folder: Path, how: str, count: int = 5, seconds: float = 0.0) -> list[
 
 
 def main(how: str, folder: Path, config: str, doubt_seconds: float) -> None:
-    """Run units on an executor, as a command does; `doubt_seconds`: how long a record may take to be seen."""
+    """Run units on an executor, as a command does.
+
+    `doubt_seconds` are given to a record to be seen, and to a task to begin yet.
+    """
     from data_prep import executors, on_slurm
     from data_prep.recipe import DataRecipe
     from moe import log, recipe
     from moe.errors import clean_exit
 
     log.setup()
-    on_slurm._DOUBT_SECONDS = doubt_seconds
+    on_slurm._DOUBT_SECONDS = on_slurm._NEVER_SECONDS = doubt_seconds
     with clean_exit():
         sound = "{name: x, sources: [{type: stdlib}], tokenizer: {type: bpe, vocab_size: 300}}"
         page = recipe.parse(DataRecipe, sound, [f"executor={config}"], source="test")
