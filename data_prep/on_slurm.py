@@ -26,7 +26,9 @@ from moe.errors import DataError, LaunchError
 _SECONDS = 2.0
 _LARGEST = 1001
 _DOUBT_SECONDS = 30.0
-"""How long a record may take to be seen here after its task has ended, and a reason to wait for ever to go away."""
+"""How long a record may take to be seen here after its task has ended: NFS may say so long that it is not there."""
+_NEVER_SECONDS = 10.0
+"""How long a reason to wait for ever may take to go away."""
 _SILENCE_SECONDS = 300.0
 _END_SECONDS = 45.0
 _ALIVE = frozenset(
@@ -167,7 +169,7 @@ def _as_they_end(job: str, folder: Path, shares: Sequence[list[Unit]]) -> Iterat
     """Raises `DataError` that names the task, its unit and its log."""
     missing = {number: list(share) for number, share in enumerate(shares)}
     doubtful: dict[int, float] = {}
-    heard = time.monotonic()
+    heard, pause = time.monotonic(), _SECONDS / 8
     while missing:
         try:
             states = _states(job)
@@ -191,10 +193,12 @@ def _as_they_end(job: str, folder: Path, shares: Sequence[list[Unit]]) -> Iterat
                 doubtful.pop(number, None)
                 continue
             since = doubtful.setdefault(number, time.monotonic())
-            if state.name in (*_ENDED, "PENDING") and time.monotonic() - since < _DOUBT_SECONDS:
+            patience = {"PENDING": _NEVER_SECONDS, **dict.fromkeys(_ENDED, _DOUBT_SECONDS)}
+            if time.monotonic() - since < patience.get(state.name, 0.0):
                 continue
             raise _failed(job, number, state, missing[number][0], folder)
-        time.sleep(_SECONDS)
+        time.sleep(pause)
+        pause = min(2 * pause, _SECONDS)  # a short stage is soon over
 
 
 def _states(job: str) -> Mapping[int, State]:

@@ -21,6 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from launch import heir, procfs, surroundings
+from launch.awake import Awake
 from launch.container import without_the_hosts
 from launch.folder import LaunchFolder, NodeReport, Plan, read, write
 from launch.rank import Rank
@@ -43,6 +44,7 @@ class Agent:
     host: str
     scratch: Path
     ranks: list[Rank] = field(default_factory=list)
+    clock: Awake = field(default_factory=Awake)
     asked: str | None = None
     count: int = 0
 
@@ -104,7 +106,7 @@ class Agent:
                     start_new_session=True,
                     preexec_fn=procfs.die_with_parent,
                 )
-            self.ranks.append(Rank(rank, process, beat, stacks, time.monotonic()))
+            self.ranks.append(Rank(rank, process, beat, stacks, self.clock, self.clock.seconds()))
         if self.node == 0:
             surroundings.record_beside(self.folder, self.plan, attempt, environment(self.plan))
 
@@ -127,10 +129,10 @@ class Agent:
         return page["address"], page["port"]
 
     def _watch(self) -> None:
-        lease, seen, said = self._lease(), time.monotonic(), 0.0
+        lease, seen, said = self._lease(), self.clock.seconds(), 0.0
         while any(rank.died is None for rank in self.ranks):
             time.sleep(_POLL_SECONDS)
-            now = time.monotonic()
+            now = self.clock.seconds()
             if (current := self._lease()) != lease:
                 lease, seen = current, now
             died = [rank.died for rank in self.ranks]

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from launch import start
+from launch.awake import Awake
 from launch.folder import Attempt, LaunchFolder, NodeReport, Order, Plan, ended, write_text
-from launch.verdict import Verdict, culprit, judge
+from launch.verdict import Verdict, culprit, judge, unlost
 from moe import log
 from moe.errors import EXIT_STOPPED
 
@@ -32,7 +33,7 @@ class Attendance:
     attempt: Attempt
     asked: Callable[[], str | None]
     """The signal, if any, that asks us to let the ranks save and leave."""
-    began: float = field(default_factory=time.monotonic)
+    clock: Awake = field(default_factory=Awake)
     counts: dict[int, tuple[int, float]] = field(default_factory=dict)
     """Of each node what it last counted, and since when."""
     shown: int = 0
@@ -41,7 +42,7 @@ class Attendance:
     def attend(self) -> Attempt:
         """The attempt with its end."""
         done_before = _mark(self.folder.done)
-        with (self.folder.logs(self.attempt.number) / "launcher.log").open("ab") as log_file:
+        with self._launcher_log.open("ab") as log_file:
             runners = [
                 subprocess.Popen(
                     command,
@@ -89,12 +90,14 @@ class Attendance:
             if len(reports) == self.plan.num_nodes and all(report.ended for report in reports):
                 return judge(reports, {}, limits)
             verdict = judge(reports, silent, limits if stopping_since is None else limits.while_stopping())
+            if verdict is not None and verdict.outcome == "hung":
+                return self._examine(verdict)
             if verdict is not None:
-                return self._examine(verdict) if verdict.outcome == "hung" else verdict
-            now = time.monotonic()
+                return self._doubt(verdict, runners) if verdict.outcome == "lost" else verdict
+            now = self.clock.seconds()
             if len(reports) < self.plan.num_nodes and (
-                now - self.began > limits.agent_seconds
-                or (now - self.began > 1.0 and all(runner.poll() is not None for runner in runners))
+                now > limits.agent_seconds
+                or (now > 1.0 and all(runner.poll() is not None for runner in runners))
             ):
                 return self._no_agent(reports)
             if stopping_since is None and (why := self._asked(reports)):
@@ -111,7 +114,7 @@ class Attendance:
         return next((name for name in signals if name), person)
 
     def _silent_seconds(self, reports: Sequence[NodeReport]) -> dict[int, float]:
-        now = time.monotonic()
+        now = self.clock.seconds()
         for report in reports:
             if self.counts.get(report.node, (-1, 0.0))[0] != report.count:
                 self.counts[report.node] = (report.count, now)
@@ -129,14 +132,27 @@ class Attendance:
             for rank in report.ranks:
                 path = self.folder.logs(self.attempt.number) / f"rank_{rank.rank}.stack"
                 write_text(path, rank.stack or "(it wrote no stack)\n")
+        if verdict.rank is not None:
+            return verdict
         found = culprit(reports)
         return Verdict("hung", f"{verdict.cause}; {found.cause}", found.rank, found.host)
+
+    def _doubt(self, lost: Verdict, runners: Runners) -> Verdict:
+        """A node is silent, too, if its agent was killed, or srun and all agents with it."""
+        if self.plan.kind != "slurm":
+            return lost
+        said = self._launcher_log.read_text(encoding="utf-8", errors="replace")
+        return unlost(lost, runners[0].poll(), said)
+
+    @property
+    def _launcher_log(self) -> Path:
+        return self.folder.logs(self.attempt.number) / "launcher.log"
 
     def _no_agent(self, reports: Sequence[NodeReport]) -> Verdict:
         """A node is lost if others have begun; else it is the launcher that failed, and no node is to blame."""
         said = {report.node for report in reports}
         node = next(node for node in range(self.plan.num_nodes) if node not in said)
-        launcher = self.folder.logs(self.attempt.number) / "launcher.log"
+        launcher = self._launcher_log
         if not said:
             words = launcher.read_text(encoding="utf-8", errors="replace").strip().splitlines()
             return Verdict(

@@ -36,7 +36,7 @@ class Limits:
     boot_seconds: float = 900.0
     """For the first step, imports and loading included."""
     hang_seconds: float = 300.0
-    """For any later step with its evaluation or the part of a save that holds training."""
+    """For any later step with its evaluation or the part of a save that holds training; and to be halted in a boot."""
     lease_seconds: float = 15.0
     """Agents whose supervisor is silent for so long end their ranks; nodes that are silent for so long are lost."""
     save_seconds: float = 300.0
@@ -141,6 +141,8 @@ class RankReport:
     seconds_dead: float = 0.0
     stopped: bool = False
     """Whether it is halted by a signal (SIGSTOP) or a debugger."""
+    halted_seconds: float = 0.0
+    """For how long it has been halted by a signal while its agent was not."""
     stack: str | None = None
 
 

@@ -3,12 +3,12 @@
 import os
 import signal
 import subprocess
-import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from launch import procfs
+from launch.awake import Awake
 from launch.folder import RankReport
 
 
@@ -20,6 +20,7 @@ class Rank:
     process: "subprocess.Popen[bytes]"
     beat: Path
     stacks: Path
+    clock: Awake
     last_beat: float
     step: int | None = None
     beats: int = 0
@@ -28,10 +29,12 @@ class Rank:
     died: float | None = None
     told: bool = False
     asked_for_stack: bool = False
+    halted: float | None = None
+    """Since when it has been halted by a signal."""
 
     def look(self) -> None:
         """Read its beat, and whether it lives."""
-        now = time.monotonic()
+        now = self.clock.seconds()
         with suppress(OSError, ValueError):
             numbers = self.beat.read_text().split()
             step, beats = (int(number) for number in numbers[:2])
@@ -40,10 +43,18 @@ class Rank:
                 self.step, self.beats, self.last_beat = step, beats, now
         if self.died is None and self.process.poll() is not None:
             self.died = now
+        if not self._state().startswith("T"):
+            self.halted = None
+        elif self.halted is None:
+            self.halted = now
+
+    def _state(self) -> str:
+        """As the kernel has it: T halted by a signal, t by a debugger."""
+        return "" if self.died is not None else procfs.status(self.process.pid, "State:")
 
     def report(self) -> RankReport:
         """What was seen last, for the supervisor."""
-        now = time.monotonic()
+        now = self.clock.seconds()
         stack = None
         if self.asked_for_stack:
             with suppress(OSError):
@@ -58,7 +69,8 @@ class Rank:
             still_seconds=round(now - self.last_beat, 1),
             code=self.process.returncode,
             seconds_dead=0.0 if self.died is None else round(now - self.died, 2),
-            stopped=self.died is None and procfs.status(self.process.pid, "State:").startswith(("T", "t")),
+            stopped=self._state().startswith(("T", "t")),
+            halted_seconds=0.0 if self.halted is None else round(now - self.halted, 1),
             stack=stack,
         )
 

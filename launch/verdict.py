@@ -48,10 +48,26 @@ def judge(
         booting = any(rank.beats == 0 for rank in alive)
         limit = limits.boot_seconds if booting else limits.hang_seconds
         still = min(rank.still_seconds for rank in alive)
+        if booting and (verdict := _halted(reports, limits.hang_seconds)):
+            return verdict
         if still > limit:
             what = "has begun" if booting else "took a step"
             return Verdict("hung", f"no rank {what} for {still:.0f} s (the limit is {limit:.0f} s)")
     return None
+
+
+def _halted(reports: Sequence[NodeReport], limit: float) -> Verdict | None:
+    """While ranks boot none of them moves in step, but one that is halted by a signal does not move at all.
+
+    A rank that a debugger holds is looked at by somebody, and may boot for as long as any. When a whole job is
+    suspended its agents are too, and count nothing.
+    """
+    halted = [(rank, report) for report in reports for rank in report.ranks if rank.halted_seconds > limit]
+    if not halted:
+        return None
+    rank, report = max(halted, key=lambda pair: pair[0].halted_seconds)
+    cause = f"it was halted by a signal (SIGSTOP) in its boot, {rank.halted_seconds:.0f} s ago"
+    return Verdict("hung", f"{cause} (the limit is {limit:.0f} s)", rank.rank, report.host)
 
 
 def culprit(reports: Sequence[NodeReport]) -> Verdict:
@@ -74,6 +90,21 @@ def culprit(reports: Sequence[NodeReport]) -> Verdict:
         return Verdict("hung", "no rank lives")
     rank, report = min(alive, key=lambda pair: (pair[0].step or 0, -pair[0].still_seconds))
     return Verdict("hung", f"it stands in {_where(rank.stack or '')}, as all do", rank.rank, report.host)
+
+
+def unlost(lost: Verdict, srun: int | None, said: str) -> Verdict:
+    """Of a node that is silent: whether srun tells of another cause than the node.
+
+    `srun`: its exit code, None while it lives; `said`: its messages. It takes all agents with it when it is killed, and
+    lives as long as any of them.
+    """
+    if srun is not None and srun < 0:
+        return Verdict("failed", f"srun, which holds the agents, was ended by {_signal_name(-srun)}")
+    if lost.host is not None and re.search(
+        rf"^srun: error: {re.escape(lost.host)}: task \d+: Killed", said, re.MULTILINE
+    ):
+        return Verdict("failed", "the agent was ended by SIGKILL", None, lost.host)
+    return lost
 
 
 def _first_failure(dead: Sequence[tuple[RankReport, NodeReport]]) -> Verdict:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch._dynamo  # what an optimizer asks for at its first step in every rank, a second or two
+import torch._dynamo  # what ZeRO-3 and recomputing ask for in every rank, a second or two
 import torch.distributed as dist
 import torch.multiprocessing as mp
 

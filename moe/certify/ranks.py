@@ -124,7 +124,7 @@ def _context(place: Place) -> Any:
     if place.device == "cuda":
         return multiprocessing.get_context("spawn")  # a process with CUDA in use must not fork
     context = multiprocessing.get_context("forkserver")
-    # What is slow to import is imported once; an optimizer asks for the last at its first step.
+    # What is slow to import is imported once; ZeRO-3 and recomputing ask for the last.
     context.set_forkserver_preload([__name__, "moe.certify.measure", "torch._dynamo"])
     return context
 

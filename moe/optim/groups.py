@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.config import OptimizerConfig, TrainConfig
+from moe.optim.adamw import AdamW
 from moe.optim.matrices import stacks, vectors
 from moe.optim.muon import Muon
 
@@ -39,7 +40,7 @@ def make(groups: list[dict[str, Any]], model: nn.Module, train: TrainConfig) -> 
     config = train.optimizer
     if config.kind == "muon":
         return Muon(groups, config, stacks(model), torch.bfloat16 if train.precision == "bf16" else None)
-    return torch.optim.AdamW(
+    return AdamW(
         groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), eps=config.eps, fused=True
     )
 

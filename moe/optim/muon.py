@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.config import OptimizerConfig
+from moe.optim.adamw import AdamW
 from moe.optim.exchange import complete
 from moe.optim.matrices import Stack
 from moe.optim.newton_schulz import orthogonalize
@@ -31,7 +32,7 @@ class _Place:
     index: int
 
 
-class Muon(torch.optim.AdamW):
+class Muon(AdamW):
     """Muon for groups of kind "muon", AdamW for the others, with one learning rate and one weight decay.
 
     M <- mu M + G;  O = orthogonalize(mu M + G);  W <- W - rate (0.2 sqrt(max(R, C)) O + decay W), for each matrix of

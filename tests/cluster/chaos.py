@@ -16,7 +16,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 
 import click
-import psutil
 
 from launch.folder import fruitless
 from launch.testbed.machines import CONTROLLER
@@ -38,22 +37,11 @@ def _on_a_rank(signal: str, rank: int) -> Strike:
     return lambda place, run: place.kill(run, rank, signal)
 
 
-def _kill_agent(node: str) -> Strike:
-    def strike(place: Place, run: str) -> None:
-        for pid in place.cluster.machines.pids(node):
-            with suppress(psutil.Error):
-                process = psutil.Process(pid)
-                if "launch.agent" in process.cmdline() and "srun" not in process.name():
-                    process.kill()
-
-    return strike
-
-
 _KINDS: dict[str, Strike] = {
     **{f"kill -9 of rank {rank}": _on_a_rank("KILL", rank) for rank in range(4)},
     **{f"SIGSTOP of rank {rank}": _on_a_rank("STOP", rank) for rank in range(4)},
-    "kill -9 of n1's agent": _kill_agent("n1"),
-    "kill -9 of n2's agent": _kill_agent("n2"),
+    "kill -9 of n1's agent": faults.kill_agent("n1"),
+    "kill -9 of n2's agent": faults.kill_agent("n2"),
     "USR1": faults.usr1,
     "scontrol requeue": faults.requeue,
     "preemption": faults.preempt,

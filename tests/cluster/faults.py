@@ -28,6 +28,17 @@ def kill(place: Place, run: str) -> None:
     place.kill(run, 3, "KILL")
 
 
+def kill_agent(node: str) -> Callable[[Place, str], None]:
+    def strike(place: Place, run: str) -> None:
+        for pid in place.cluster.machines.pids(node):
+            with suppress(psutil.Error):
+                process = psutil.Process(pid)
+                if "launch.agent" in process.cmdline() and "srun" not in process.name():
+                    process.kill()
+
+    return strike
+
+
 def halt(place: Place, run: str) -> None:
     place.kill(run, 2, "STOP")
 
@@ -113,6 +124,7 @@ FAULTS = {
     fault.name: fault
     for fault in (
         Fault("kill -9 of a rank", kill, goal=4.0),
+        Fault("kill -9 of an agent", kill_agent("n2")),
         Fault("SIGSTOP of a rank", halt, outcome="hung"),
         Fault("USR1", usr1, outcome="saved"),
         Fault("scontrol requeue", requeue, outcome="saved"),

@@ -1,16 +1,19 @@
 """However a launched run ends, nothing of it is left; and with fewer nodes, or more again, it goes on by itself."""
 
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
-import psutil
 import pytest
 
-from tests.cluster.conftest import Place, wait
-from tests.cluster.cost import LIMITS, give_up, to_the_end, undisturbed
+from tests.cluster.conftest import LONG, Place, wait
+from tests.cluster.cost import LIMITS, give_up, to_the_end
 from tests.cluster.faults import whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
+
+_SUSPENDED_SECONDS = 10.0
+"""More than the lease and the limit of a step."""
 
 
 def _cancel(place: Place, run: str) -> None:
@@ -21,37 +24,76 @@ def _kill_batch_script(place: Place, run: str) -> None:
     place.slurm("scancel", "--signal=KILL", "--batch", place.job(run))
 
 
-def _kill_srun(place: Place, run: str) -> None:
-    for process in place.survivors(run):
-        with suppress(psutil.Error):  # it is two processes, of which one ends with the other
-            if process.cmdline()[0] == "srun":
-                process.kill()
-    place.slurm("scancel", place.job(run))
-
-
-@pytest.mark.parametrize("end", [_cancel, _kill_batch_script, _kill_srun])
+@pytest.mark.parametrize("end", [_cancel, _kill_batch_script])
 def test_no_process_of_a_job_is_left_ten_seconds_after_its_end(
     end: Callable[[Place, str], None], place: Place
 ) -> None:
-    run = f"runs/ended{end.__name__}"
+    with _narrow(place, f"runs/ended{end.__name__}") as run:
+        assert len(place.survivors(run)) > 4
+        end(place, run)
+        _leaves_nothing(place, run)
+
+
+def _kill_srun(place: Place, run: str) -> None:
+    (srun,) = (
+        process
+        for process in place.survivors(run)
+        if process.name() == "srun" and process.parent().name() != "srun"
+    )
+    srun.kill()
+
+
+def test_a_node_stays_in_the_job_when_it_is_suspended_or_srun_is_killed_or_a_rank_is_halted_in_its_boot(
+    place: Place,
+) -> None:
+    with _narrow(place, "runs/blameless") as run:
+        place.slurm("scontrol", "suspend", place.job(run))
+        before = place.step(run)
+        time.sleep(_SUSPENDED_SECONDS)
+        place.slurm("scontrol", "resume", place.job(run))
+        wait(lambda: place.step(run) >= before + 3, "the suspended job to go on")
+        assert len(place.attempts(run)) == 1
+        _kill_srun(place, run)
+        wait(lambda: len(place.attempts(run)) == 2, "the second attempt", 30)
+        wait(lambda: sum(len(report.ranks) for report in place.files(run).reports(2)) == 2, "its ranks", 30)
+        halted, struck = place.kill(run, 1, "STOP"), time.time()
+        wait(lambda: len(place.attempts(run)) == 3, "the third attempt", 30)
+        _cancel(place, run)
+        _leaves_nothing(place, run)
+    first, second, third = place.attempts(run)
+    assert (first.outcome, first.host) == ("failed", None)
+    assert first.cause == "srun, which holds the agents, was ended by SIGKILL"
+    assert (second.outcome, second.rank, second.host) == ("hung", 1, halted)
+    assert "halted by a signal (SIGSTOP) in its boot" in (second.cause or "")
+    assert second.ended is not None
+    assert second.ended - struck < 8 + 10
+    assert first.nodes == second.nodes == third.nodes
+
+
+@contextmanager
+def _narrow(place: Place, run: str) -> Iterator[str]:
+    """A run of a rank a node, which has taken some steps and has many to go."""
     narrow = ("--gpus-per-node", "1", "parallel.expert_parallel_size=2")
     place.launch(run, "slurm", *narrow, *LIMITS, "train.steps=100000")
     try:
         wait(lambda: place.step(run) >= 2, "step 2")
-        assert len(place.survivors(run)) > 4
-        end(place, run)
-        wait(lambda: place.job_state(run) in ("CANCELLED", "FAILED"), "the job to end", 60)
-        wait(lambda: place.survivors(run) == [], "every process of the run to end", 10)
-        assert not place.files(run).done.exists()
+        yield run
     finally:
         give_up(place, run)
         whole(place)
 
 
-def test_a_run_comes_back_on_fewer_nodes_and_then_on_more_with_the_same_batch(place: Place) -> None:
-    run, steps = "runs/elastic", 120
-    expected = place.losses(undisturbed(place, steps))
-    place.launch(run, "slurm", *LIMITS, "--min-nodes", "1", f"train.steps={steps}")
+def _leaves_nothing(place: Place, run: str) -> None:
+    wait(lambda: place.job_state(run) in ("CANCELLED", "FAILED"), "the job to end", 60)
+    wait(lambda: place.survivors(run) == [], "every process of the run to end", 10)
+    assert not place.files(run).done.exists()
+
+
+def test_a_run_comes_back_on_fewer_nodes_and_then_on_more_with_the_same_batch(
+    place: Place, long: dict[int, float]
+) -> None:
+    run = "runs/elastic"
+    place.launch(run, "slurm", *LIMITS, "--min-nodes", "1", f"train.steps={LONG}")
     wait(lambda: place.step(run) >= 3, "step 3")
     place.slurm("scontrol", "update", "NodeName=n[2-3]", "State=DRAIN", "Reason=a test")
     try:
@@ -69,5 +111,5 @@ def test_a_run_comes_back_on_fewer_nodes_and_then_on_more_with_the_same_batch(pl
     assert [attempt.outcome for attempt in attempts] == ["saved", "saved", "done"]
     assert [attempt.overrides for attempt in attempts] == [(), ("parallel.expert_parallel_size=2",), ()]
     assert [attempt.last_step for attempt in attempts[:2]] == [attempt.from_step for attempt in attempts[1:]]
-    assert place.losses(run) == pytest.approx(expected, rel=1e-5)
+    assert place.losses(run) == pytest.approx(long, rel=1e-5)
     whole(place)

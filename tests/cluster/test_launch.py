@@ -14,7 +14,7 @@ import pytest
 from launch.testbed.machines import Machines
 from tests.cluster.conftest import HERE, Place, wait
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
 
 def test_on_hosts_a_run_has_the_bits_of_the_local_one(place: Place, expected: dict[int, float]) -> None:
@@ -45,7 +45,6 @@ exec "$@"
 """
 
 
-@pytest.mark.cluster
 @pytest.mark.nightly
 def test_in_a_container_a_run_has_the_bits_of_the_local_one(
     place: Place, expected: dict[int, float], monkeypatch: pytest.MonkeyPatch
@@ -62,7 +61,6 @@ def test_in_a_container_a_run_has_the_bits_of_the_local_one(
     assert {path.name for path in place.folder.glob("*.inside")} == {"n1.inside", "n2.inside"}
 
 
-@pytest.mark.cluster
 def test_a_killed_rank_and_a_halted_one_are_named_and_the_run_goes_on_in_its_allocation(
     place: Place, expected: dict[int, float]
 ) -> None:
@@ -83,7 +81,6 @@ def test_a_killed_rank_and_a_halted_one_are_named_and_the_run_goes_on_in_its_all
     assert (third.outcome, third.job) == ("done", first.job)
 
 
-@pytest.mark.cluster
 def test_stop_saves_and_ends_one_run_and_leaves_another_on_the_same_hosts(
     place: Place, expected: dict[int, float]
 ) -> None:
@@ -117,7 +114,6 @@ def _slowed(place: Place, run: str, rank: int) -> Iterator[str]:
         place.cluster.machines.run(host, ["kill", "-CONT", str(pid)])
 
 
-@pytest.mark.cluster
 @pytest.mark.nightly
 def test_a_slow_rank_is_named_with_its_host_while_the_run_goes_on(place: Place) -> None:
     process = place.start("runs/slow", "ssh", "train.steps=100000")
@@ -129,7 +125,6 @@ def test_a_slow_rank_is_named_with_its_host_while_the_run_goes_on(place: Place) 
     assert process.wait(timeout=60) == 75
 
 
-@pytest.mark.cluster
 @pytest.mark.nightly
 def test_ranks_end_when_their_supervisor_is_killed(place: Place, expected: dict[int, float]) -> None:
     process = place.start("runs/orphan", "pdsh", "--lease", "4", "train.steps=100000")

@@ -52,14 +52,18 @@ def units(folder: Path, how: str, count: int = 5, seconds: float = 0.0) -> list[
     ]
 
 
-def main(how: str, folder: Path, config: str) -> None:
-    """Run units on an executor, as a command does."""
-    from data_prep import executors
+def main(how: str, folder: Path, config: str, doubt_seconds: float) -> None:
+    """Run units on an executor, as a command does.
+
+    `doubt_seconds` are given to a record to be seen, and to a task to begin yet.
+    """
+    from data_prep import executors, on_slurm
     from data_prep.recipe import DataRecipe
     from moe import log, recipe
     from moe.errors import clean_exit
 
     log.setup()
+    on_slurm._DOUBT_SECONDS = on_slurm._NEVER_SECONDS = doubt_seconds
     with clean_exit():
         sound = "{name: x, sources: [{type: stdlib}], tokenizer: {type: bpe, vocab_size: 300}}"
         page = recipe.parse(DataRecipe, sound, [f"executor={config}"], source="test")
@@ -71,4 +75,4 @@ if __name__ == "__main__":
     # By its full name, or the workers would look for the class in their own main module.
     from tests.unit import failing
 
-    failing.main(sys.argv[1], Path(sys.argv[2]).resolve(), sys.argv[3])
+    failing.main(sys.argv[1], Path(sys.argv[2]).resolve(), sys.argv[3], float(sys.argv[4]))

@@ -15,13 +15,15 @@ from click.testing import CliRunner
 
 from launch import allocation, diagnosis, hosts, machine, slurm, start
 from launch.allocation import Node
+from launch.awake import Awake
 from launch.diagnosis import ALL, Finding, Wanted, diagnose
 from launch.folder import Attempt, LaunchFolder, Limits, NodeReport, Plan, RankReport, fruitless, write_text
 from launch.look import story
 from launch.measure import rounds
+from launch.rank import Rank
 from launch.slurm import Place, Request, script
 from launch.testbed import command as testbed
-from launch.verdict import culprit, judge
+from launch.verdict import Verdict, culprit, judge, unlost
 from moe import attempt as attempts
 from moe.checkpoint.lock import held
 from moe.cli import turnout
@@ -88,6 +90,70 @@ def test_a_silent_node_is_lost_and_one_that_has_ended_is_not() -> None:
 def test_a_rank_may_boot_for_longer_than_it_may_take_a_step(beats: int, still: float, hung: bool) -> None:
     verdict = judge([_node(0, replace(ALIVE, beats=beats, still_seconds=still))], {}, LIMITS)
     assert (verdict is not None) == hung
+
+
+@pytest.mark.parametrize(("beats", "halted", "named"), [(0, 10.5, True), (0, 9.5, False), (4, 10.5, False)])
+def test_a_rank_halted_in_its_boot_is_found_by_the_limit_of_a_step(
+    beats: int, halted: float, named: bool
+) -> None:
+    """Later it is found by its peers, which take no step without it."""
+    booting = replace(ALIVE, step=None, beats=beats, still_seconds=9.0)
+    rank = replace(booting, rank=2, stopped=True, halted_seconds=halted)
+    verdict = judge([_node(0, booting), _node(1, rank)], {}, LIMITS)
+    assert (verdict is not None) == named
+    if verdict is not None:
+        assert (verdict.outcome, verdict.rank, verdict.host) == ("hung", 2, "n2")
+        assert "halted by a signal" in verdict.cause
+
+
+def test_a_rank_that_a_debugger_holds_in_its_boot_has_the_time_of_a_boot() -> None:
+    rank = replace(ALIVE, step=None, beats=0, still_seconds=50.0, stopped=True, halted_seconds=0.0)
+    assert judge([_node(0, rank)], {}, LIMITS) is None
+
+
+def test_a_halted_process_counts_until_it_goes_on(tmp_path: Path) -> None:
+    process = subprocess.Popen(["sleep", "100"])
+    try:
+        rank = Rank(0, process, tmp_path / "beat", tmp_path / "stacks", Awake(), 0.0)
+        process.send_signal(signal.SIGSTOP)
+        os.waitpid(process.pid, os.WUNTRACED)
+        rank.look()
+        time.sleep(0.2)
+        report = rank.report()
+        assert report.stopped
+        assert 0.1 < report.halted_seconds < 1.9
+        process.send_signal(signal.SIGCONT)
+        os.waitpid(process.pid, os.WCONTINUED)
+        rank.look()
+        assert (rank.report().stopped, rank.report().halted_seconds) == (False, 0.0)
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_the_time_in_which_a_whole_job_is_suspended_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [10.2, 10.4, 1000.4, 1000.6]
+    monkeypatch.setattr(time, "monotonic", lambda: times.pop(0))
+    clock = Awake(last=10.0)
+    assert [round(clock.seconds(), 1) for _ in range(4)] == [0.2, 0.4, 2.4, 2.6]
+
+
+@pytest.mark.parametrize(
+    ("srun", "said", "outcome", "host"),
+    [
+        (None, "srun: error: Node failure on n2", "lost", "n2"),
+        (1, "srun: error: Node failure on n2", "lost", "n2"),
+        (-9, "", "failed", None),
+        (None, "srun: first\nsrun: error: n2: task 1: Killed\n", "failed", "n2"),
+        (None, "srun: error: n1: task 0: Killed\n", "lost", "n2"),
+    ],
+)
+def test_a_node_is_not_lost_whose_agent_was_killed_or_srun_with_all_of_them(
+    srun: int | None, said: str, outcome: str, host: str | None
+) -> None:
+    lost = Verdict("lost", "node n2 has not been heard of for 5 s", 2, "n2")
+    verdict = unlost(lost, srun, said)
+    assert (verdict.outcome, verdict.host) == (outcome, host)
 
 
 def test_of_a_hang_the_halted_rank_is_the_culprit() -> None:

@@ -63,7 +63,8 @@ class FakeSlurm:
 def _play(monkeypatch: pytest.MonkeyPatch, fake: FakeSlurm) -> FakeSlurm:
     monkeypatch.setattr(slurm, "ask", fake)
     monkeypatch.setattr(on_slurm, "_SECONDS", 0.01)
-    monkeypatch.setattr(on_slurm, "_DOUBT_SECONDS", 0.2)
+    for patience in ("_DOUBT_SECONDS", "_NEVER_SECONDS"):
+        monkeypatch.setattr(on_slurm, patience, 0.2)
     return fake
 
 

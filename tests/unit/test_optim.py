@@ -1,12 +1,16 @@
 """Learning rates step by step, and which parameters decay."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
+import torch
 
 from moe.config import AttentionConfig, ModelConfig, MoEConfig, OptimizerConfig, ScheduleConfig, TrainConfig
 from moe.model import Transformer
 from moe.optim import learning_rate, make, parameter_groups
+from moe.optim.adamw import AdamW
 
 
 def _train(schedule: ScheduleConfig, steps: int = 100, weight_decay: float = 0.1) -> TrainConfig:
@@ -59,3 +63,34 @@ def test_matrices_decay_and_vectors_do_not() -> None:
     assert decayed | plain == set(names.values())
     assert plain == {name for name in names.values() if "norm" in name or name.endswith("bias")}
     assert [group["weight_decay"] for group in make(groups, model, train).param_groups] == [0.3, 0.0]
+
+
+def test_adamw_steps_to_the_bit_as_torchs_and_keeps_the_same_states() -> None:
+    """Ours lacks torch's wrappers around each method, which load its compiler."""
+    results = []
+    for kind in (torch.optim.AdamW, AdamW):
+        generator = torch.Generator().manual_seed(3)
+        weight = torch.randn(7, 5, generator=generator).requires_grad_()
+        optimizer = kind([{"params": [weight], "name": "decayed"}], lr=0.1, weight_decay=0.2, fused=True)
+        for rate in (0.1, 0.05):
+            optimizer.zero_grad()
+            optimizer.param_groups[0]["lr"] = rate
+            weight.grad = torch.randn(7, 5, generator=generator)
+            optimizer.step()
+        loaded = kind([{"params": [weight], "name": "decayed"}], fused=True)
+        loaded.load_state_dict(optimizer.state_dict())
+        weight.grad = torch.ones(7, 5)
+        loaded.step()
+        results.append([weight.detach(), *loaded.state[weight].values()])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert not results[1][0].requires_grad
+
+
+def test_a_step_does_not_load_torchs_compiler() -> None:
+    program = (
+        "import sys, torch; from moe.optim.adamw import AdamW; weight = torch.ones(2, requires_grad=True); "
+        "optimizer = AdamW([weight], fused=True); weight.sum().backward(); optimizer.step(); "
+        "optimizer.zero_grad(); optimizer.load_state_dict(optimizer.state_dict()); "
+        "sys.exit('torch._dynamo' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
