@@ -54,8 +54,8 @@ RECIPE: dict[str, Any] = {
     "parallel": {"expert_parallel_size": 4},
     "checkpoint": {"every_steps": 10},
 }
-LONG = 120
-"""Steps: as many as a run takes while Slurm is asked about its nodes, and more."""
+LONG = 60
+"""Steps of a run that is stopped twice on its way."""
 LAYOUT = {
     "local": ["--on", "local", "--ranks-per-node", "4"],
     "slurm": ["--on", "slurm", "--nodes", "2", "--gpus-per-node", "2", "--time", "20"],

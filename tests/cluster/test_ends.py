@@ -43,9 +43,10 @@ def _kill_srun(place: Place, run: str) -> None:
     srun.kill()
 
 
-def test_a_node_stays_in_the_job_when_it_is_suspended_or_srun_is_killed_or_a_rank_is_halted_in_its_boot(
+def test_a_node_that_is_not_to_blame_stays_in_the_job_and_one_that_is_drained_is_left(
     place: Place,
 ) -> None:
+    """The job is suspended, then srun is killed, a rank is halted in its boot, and last a node is drained."""
     with _narrow(place, "runs/blameless") as run:
         place.slurm("scontrol", "suspend", place.job(run))
         before = place.step(run)
@@ -58,9 +59,14 @@ def test_a_node_stays_in_the_job_when_it_is_suspended_or_srun_is_killed_or_a_ran
         wait(lambda: sum(len(report.ranks) for report in place.files(run).reports(2)) == 2, "its ranks", 30)
         halted, struck = place.kill(run, 1, "STOP"), time.time()
         wait(lambda: len(place.attempts(run)) == 3, "the third attempt", 30)
+        place.slurm("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=a test")
+        try:
+            wait(lambda: place.attempts(run)[2].then == "requeued", "the job to leave the node", 60)
+        finally:
+            place.slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
         _cancel(place, run)
         _leaves_nothing(place, run)
-    first, second, third = place.attempts(run)
+    first, second, third = place.attempts(run)[:3]
     assert (first.outcome, first.host) == ("failed", None)
     assert first.cause == "srun, which holds the agents, was ended by SIGKILL"
     assert (second.outcome, second.rank, second.host) == ("hung", 1, halted)
@@ -68,6 +74,7 @@ def test_a_node_stays_in_the_job_when_it_is_suspended_or_srun_is_killed_or_a_ran
     assert second.ended is not None
     assert second.ended - struck < 8 + 10
     assert first.nodes == second.nodes == third.nodes
+    assert (third.outcome, third.cause) == ("saved", "drain of n2")
 
 
 @contextmanager
@@ -97,6 +104,7 @@ def test_a_run_comes_back_on_fewer_nodes_and_then_on_more_with_the_same_batch(
     wait(lambda: place.step(run) >= 3, "step 3")
     place.slurm("scontrol", "update", "NodeName=n[2-3]", "State=DRAIN", "Reason=a test")
     try:
+        assert "is back in the queue" in place.says("requeue", run)
         wait(lambda: place.attempts(run)[-1].nodes == ("n1",), "the run to come back on one node")
         wait(lambda: place.step(run) >= place.attempts(run)[-1].from_step + 3, "three steps there")
     except BaseException:
