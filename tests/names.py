@@ -2,6 +2,7 @@
 
 REFERENCE = {
     "router.weight": "router_ED",
+    "router.bias": "router_bias_E",
     "experts.gate_up": "gate_up_E2FD",
     "experts.gate_up_bias": "gate_up_bias_E2F",
     "experts.down": "down_EDF",

@@ -20,6 +20,7 @@ from moe.bench.memory import peak_extra_bytes
 from moe.bench.peers import LIMIT, OURS, Contender, Entry, Unavailable
 from moe.bench.problem import Answer, Problem, Shape, solve
 from moe.bench.step import Times, leaf, matmul_seconds, step, timed
+from moe.errors import ConfigError
 
 BOUND = {"fp32": 1e-5, "bf16": 2e-2}
 """Largest relative error (Frobenius) of an answer that counts as right."""
@@ -91,9 +92,18 @@ class _Checked:
 
 
 def compare(case: Case, entries: Sequence[Entry]) -> Report:
-    """Check every contender's numbers, then time them in turn. `entries` hold the dense limit."""
+    """Check every contender's numbers, then time them in turn. `entries` hold the dense limit.
+
+    Raises `ConfigError` if memory is short for what all are given.
+    """
     dtype = DTYPES[case.dtype]
-    problem = Problem.draw(case.shape, dtype, device=case.device, routing=case.routing)
+    try:
+        problem = Problem.draw(case.shape, dtype, device=case.device, routing=case.routing)
+    except RuntimeError as error:  # torch's allocator says no
+        raise ConfigError(
+            f"the layer and its tokens do not fit in memory ({str(error).partition(chr(10))[0]}). Use fewer --tokens, "
+            f"or a smaller --shape."
+        ) from None
     matmul_seconds(64, case.device, dtype)  # libraries take workspaces before anybody's memory is measured
     log.get().info("solving in float64")
     right = solve(problem)

@@ -191,6 +191,8 @@ class Engine:
         sizes = torch.stack([_sum(mask.sum() for mask in masks), (tokens_B > 0).sum(), predictions]).double()
         tokens, sequences, predictions = self.ranks.sum(sizes).unbind()
         sequences = sequences / self.ranks.sequence_parallel_size  # which all those that share them counted
+        # Sums over nothing are 0, and so are their means.
+        tokens, sequences, predictions = (total.clamp(min=1) for total in (tokens, sequences, predictions))
         micro_batches = len(batches) * self.ranks.data_world_size
         return Totals(
             tokens,

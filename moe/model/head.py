@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.sparse.once import first_derivative_only
 from moe.sparse.product import product_dtype
 
 CHUNK_ELEMENTS = 1 << 24
@@ -106,6 +107,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         grad_h_TD, grad_weight_VD, grad_bias_V = ctx.saved_tensors
         return (

@@ -9,6 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.sparse.once import first_derivative_only
+
 
 def exchange_counts(counts_G: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     """Entry g goes to rank g of the group; entry g of the result came from there. int64 [G, ...]."""
@@ -65,6 +67,7 @@ class _Wait(torch.autograd.Function):
         return arriving.view_as(arriving)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
         exchange: Exchange = ctx.exchange
         exchange.grad, exchange.work = _launch(

@@ -13,6 +13,7 @@ from torch import Tensor
 from moe.errors import ConfigError
 from moe.sparse.copies import copies_of
 from moe.sparse.experts import Rows
+from moe.sparse.once import first_derivative_only
 from moe.sparse.plan import ExpertLayout
 
 
@@ -91,6 +92,7 @@ class _Dispatch(torch.autograd.Function):
         return source_MD, weights_MK, ids_MK
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad_MD: Tensor, grad_MK: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         grad_TD, grad_TK, _event = ctx.buffer.combine(
             grad_MD.contiguous(), ctx.handle.value, topk_weights=grad_MK.float().contiguous()
@@ -108,6 +110,7 @@ class _Combine(torch.autograd.Function):
         return y_TD
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor, None, None]:
         return ctx.buffer.dispatch(grad_TD.contiguous(), handle=ctx.handle.value)[0], None, None
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moe.sparse.activation import GatedUnit
 from moe.sparse.copies import Copies, sum_rows
+from moe.sparse.once import first_derivative_only
 
 
 class GroupedExperts(torch.autograd.Function):
@@ -48,6 +49,7 @@ class GroupedExperts(torch.autograd.Function):
         return sum_rows(out_RD, copies)
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
         source_MD, weights_R, both_R2F, gate_up, gate_up_bias, down, down_bias = ctx.saved_tensors
         copies, unit, ends, expert_of_row_R = ctx.copies, ctx.unit, ctx.ends, ctx.expert_of_row_R

@@ -11,6 +11,7 @@ from torch import Tensor
 from moe.sparse.activation import GatedUnit
 from moe.sparse.copies import Copies
 from moe.sparse.desk import Desk, Job, at_desks
+from moe.sparse.once import first_derivative_only
 
 
 class LoopedExperts(torch.autograd.Function):
@@ -61,6 +62,7 @@ class LoopedExperts(torch.autograd.Function):
         return y_MD
 
     @staticmethod
+    @first_derivative_only
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
         source_MD, weights_R, kept_R2F, gate_up, gate_up_bias, down, down_bias = ctx.saved_tensors
         unit: GatedUnit = ctx.unit

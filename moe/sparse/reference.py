@@ -21,6 +21,7 @@ class ReferenceWeights:
     down_EDF: Tensor
     gate_up_bias_E2F: Tensor | None = None
     down_bias_ED: Tensor | None = None
+    router_bias_E: Tensor | None = None
     to_latent_LD: Tensor | None = None
     from_latent_DL: Tensor | None = None
     shared_gate_FD: Tensor | None = None
@@ -45,6 +46,7 @@ class ReferenceOutput:
 class _Scored:
     """What the router thinks of one token."""
 
+    logits_E: Tensor
     scores_E: Tensor
     probabilities_E: Tensor
     log_sum_exp: Tensor
@@ -79,7 +81,7 @@ def sparse_layer(
         raise ValueError("the reference is defined in float64: convert x and every weight with .double()")
     mask = [True] * len(x_TD) if mask_T is None else mask_T.tolist()
     seen_TD = x_TD if jitter_TD is None else x_TD * jitter_TD
-    scored = [_score(x, weights.router_ED, config) for x in seen_TD]
+    scored = [_score(x, weights, config) for x in seen_TD]
     parts = _parts(mask, micro_batches)
     visits = _visits(scored, parts, config, selection_bias_E)
     choices = [_weigh(token, experts, config) for token, experts in zip(scored, visits, strict=True)]
@@ -107,10 +109,12 @@ def sparse_layer(
     )
 
 
-def _score(x: Tensor, router_ED: Tensor, config: MoEConfig) -> _Scored:
-    logits = router_ED @ x
-    scores = torch.softmax(logits, 0) if config.router_score == "softmax" else torch.sigmoid(logits)
-    return _Scored(scores, scores / scores.sum(), torch.logsumexp(logits, 0))
+def _score(x: Tensor, weights: ReferenceWeights, config: MoEConfig) -> _Scored:
+    logits = weights.router_ED @ x
+    if weights.router_bias_E is not None:
+        logits = logits + weights.router_bias_E
+    scores = torch.sigmoid(logits) if config.router_score == "sigmoid" else torch.softmax(logits, 0)
+    return _Scored(logits, scores, scores / scores.sum(), torch.logsumexp(logits, 0))
 
 
 def _parts(mask: list[bool], micro_batches: int) -> list[list[int]]:
@@ -148,10 +152,24 @@ def _best(scores: Tensor, config: MoEConfig, bias_E: Tensor | None) -> list[int]
 
 
 def _weigh(token: _Scored, experts: list[int], config: MoEConfig) -> _Choice:
-    weights = token.scores_E[experts]
-    if config.normalize_top_k:
-        weights = weights / weights.sum()
+    if config.sparsemixer_margin is not None:
+        weights = _sparsemixer(token.logits_E, experts, config.sparsemixer_margin)
+    else:
+        weights = token.scores_E[experts]
+        if config.normalize_top_k:
+            weights = weights / weights.sum()
     return _Choice(experts, weights * config.route_scale)
+
+
+def _sparsemixer(logits_E: Tensor, experts: list[int], margin: float) -> Tensor:
+    """Each chosen expert's softmax over those not chosen before it that are near the best of them."""
+    logits, left, weights = logits_E.tolist(), list(range(len(logits_E))), []
+    for expert in experts:
+        best = max(logits[e] for e in left)
+        near = [e for e in left if best - logits[e] <= 2 * margin * max(abs(logits[e]), best)]
+        weights.append(torch.softmax(logits_E[near], 0)[near.index(expert)])
+        left.remove(expert)
+    return torch.stack(weights)
 
 
 def _allowed(preference: Tensor, config: MoEConfig) -> list[int]:
@@ -190,8 +208,10 @@ def _expert(x: Tensor, weights: ReferenceWeights, expert: int, config: MoEConfig
     if config.activation_limit is not None:
         limit = config.activation_limit
         gate, up = torch.clamp(gate, max=limit), torch.clamp(up, -limit, limit)
-    gpt_oss = config.expert_activation == "gpt_oss"
-    h = (up + 1) * gate * torch.sigmoid(1.702 * gate) if gpt_oss else F.silu(gate) * up
+    if config.expert_activation == "gpt_oss":
+        h = (up + 1) * gate * torch.sigmoid(config.activation_alpha * gate)
+    else:
+        h = F.silu(gate) * up
     y = weights.down_EDF[expert] @ h
     if weights.down_bias_ED is not None:
         y = y + weights.down_bias_ED[expert]

@@ -160,8 +160,10 @@ class Router(nn.Module):
         """
         before = self.selection_bias_E
         super()._apply(fn, recurse)
-        if before is not None and self.selection_bias_E is not None:
-            self.selection_bias_E = before.to(self.selection_bias_E.device)
+        after = self.selection_bias_E
+        if before is not None and after is not None:
+            # From the meta device, as `to_empty` comes, there is nothing to keep but the dtype.
+            self.selection_bias_E = after.to(before.dtype) if before.is_meta else before.to(after.device)
         return self
 
 

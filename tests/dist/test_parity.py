@@ -2,11 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from tests.dist.layouts import batches, ranks_of, start, tiny, train
+from moe.data.loader import IGNORED
+from tests.dist.layouts import OPTIMIZER, batches, ranks_of, start, tiny, train
 from tests.dist.parity import Curve, Layout, curves, deviation, everything, matrix, quick
 from tests.harness import run_ranks
 
@@ -94,6 +97,31 @@ def test_evaluation_sees_no_jitter_and_training_does(tmp_path: Path) -> None:
     plain, jittered = (json.loads((tmp_path / name).read_text()) for name in ("0.0", "0.2"))
     assert plain[:2] == jittered[:2]
     assert abs(plain[2] - jittered[2]) > 1e-6
+
+
+def _nothing_to_learn(rank: int) -> None:
+    run = tiny(
+        parallel={"expert_parallel_size": 2},
+        train={"optimizer": {**OPTIMIZER, "weight_decay": 0.0}},
+        balance={"global_batch_loss_weight": 0.1},
+    )
+    engine = start(run, ranks_of(rank, 2, 2))
+    here = batches(run, engine.ranks, 0)
+    before = [p.detach().clone() for p in engine.model.parameters()]
+    masked = engine.step([replace(b, mask_BS=torch.zeros_like(b.mask_BS)) for b in here], 0, observe=True)
+    assert [float(term) for term in (masked.total, masked.gradient_norm)] == [0.0, 0.0]
+    assert masked.tokens_per_expert is not None
+    assert not masked.tokens_per_expert.any()
+    assert all(torch.equal(p, q) for p, q in zip(engine.model.parameters(), before, strict=True))
+    unread = engine.step([replace(b, labels_BS=torch.full_like(b.labels_BS, IGNORED)) for b in here], 1)
+    assert float(unread.cross_entropy) == 0.0
+    assert float(unread.load_balancing) >= 1.0
+    assert 0.0 < float(unread.gradient_norm) < 1.0
+
+
+def test_a_batch_without_a_token_to_learn_from_is_no_divergence(tmp_path: Path) -> None:
+    """All padding, or nothing to predict: means over nothing are 0, and weights stay; balance goes on."""
+    run_ranks(_nothing_to_learn, 2, tmp_path)
 
 
 @pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "Makefile"])

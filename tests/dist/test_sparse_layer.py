@@ -39,6 +39,8 @@ class Case:
         "free"  # free | one (expert 2 is everybody's first choice) | starved (experts 4.. get none)
     )
     score: str = "softmax"
+    margin: float | None = None  # sparsemixer's
+    router_bias: bool = False
     scale: float = 1.0
     groups: tuple[int, int, str] | None = None  # groups, of which a token may visit, score of a group
     bias: bool = False
@@ -46,6 +48,7 @@ class Case:
     jitter: float = 0.0
     choice: str = "token"
     activation: str = "swiglu"
+    alpha: float | None = None  # gpt_oss's, if not its own
     limit: float | None = None
     expert_bias: bool = False
     latent: int | None = None
@@ -57,11 +60,14 @@ class Case:
         groups: dict[str, Any] = {}
         if self.groups is not None:
             groups = dict(zip(("num_expert_groups", "top_k_groups", "group_score"), self.groups, strict=True))
+        alpha = {} if self.alpha is None else {"activation_alpha": self.alpha}
         return MoEConfig(
             num_experts=self.experts,
             top_k=self.top_k,
             expert_intermediate_size=self.inner,
             router_score=self.score,
+            sparsemixer_margin=self.margin,
+            router_bias=self.router_bias,
             router_choice=self.choice,
             normalize_top_k=self.normalize,
             route_scale=self.scale,
@@ -72,6 +78,7 @@ class Case:
             activation_limit=self.limit,
             expert_bias=self.expert_bias,
             latent_size=self.latent,
+            **alpha,
             **groups,
         )
 
@@ -110,6 +117,9 @@ CASES = [
         routing="starved",
         recompute=True,
     ),
+    Case("a steeper gate and the router's bias", activation="gpt_oss", alpha=2.6, router_bias=True),
+    Case("router's bias, sigmoid", score="sigmoid", router_bias=True, bias=True, masked="some"),
+    Case("sparsemixer", score="sparsemixer", margin=0.2, router_bias=True, scale=1.7),
     Case("latent", latent=4, shared=6),
     Case("latent, dropped", latent=4, expert_bias=True, capacity=Capacity(0.6, "score"), masked="some"),
     Case("drop by score", capacity=Capacity(0.8, "score")),
@@ -199,6 +209,7 @@ def _weights(case: Case) -> ReferenceWeights:
         shared_up_FD=normal(s, d) if s else None,
         shared_down_DF=normal(d, s) if s else None,
         shared_expert_gate_1D=normal(1, d) if case.shared_gate else None,
+        router_bias_E=normal(e) if case.router_bias else None,
     )
 
 

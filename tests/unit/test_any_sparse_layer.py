@@ -36,6 +36,7 @@ def cases(draw: st.DrawFn) -> Case:
         masked=draw(st.sampled_from(["none", "none", "some", "all"])),
         routing=draw(st.sampled_from(["free", "free", "one", "starved"])),
         score=draw(st.sampled_from(["softmax", "sigmoid"])),
+        router_bias=draw(st.booleans()),
         scale=draw(st.sampled_from([1.0, 2.5])),
         groups=groups,
         bias=choice == "token" and draw(st.booleans()),

@@ -195,6 +195,13 @@ def test_what_cannot_be_done_is_said_before_any_work(
     assert all(word in done.stderr for word in words), done.stderr
 
 
+def test_a_batch_beyond_memory_is_said() -> None:
+    done = run("--tokens", str(2**50))
+    assert done.exit_code == 2, done.output
+    assert "do not fit in memory" in done.stderr
+    assert "fewer --tokens" in done.stderr
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device here")
 def test_a_missing_device_is_said() -> None:
     done = run("--device", "cuda")

@@ -6,6 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.config import MoEConfig
+from moe.sparse import SparseMoE
 from moe.sparse.activation import GatedUnit
 from moe.sparse.copies import Copies, copies_of
 from moe.sparse.experts import Experts, Rows
@@ -232,6 +234,21 @@ def test_a_fault_in_a_thread_is_a_fault() -> None:
         copies = copies_of(torch.tensor([[0], [1]]), 4)
         with pytest.raises(IndexError):
             experts(Rows(torch.ones(1, 16), torch.ones(2), copies))  # row 1 reads a source that is not there
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_second_derivatives_are_refused_rather_than_wrong(threads: int) -> None:
+    """With two threads the experts' part was a constant, in silence; the shared expert's had its graph."""
+    config = MoEConfig(num_experts=4, top_k=2, expert_intermediate_size=5, shared_expert_intermediate_size=3)
+    layer = SparseMoE(6, config, ExpertLayout(4))
+    x = torch.ones(8, 6, requires_grad=True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        with pytest.raises(RuntimeError, match="no second derivatives"):
+            torch.autograd.grad(layer(x)[0].sum(), x, create_graph=True)
     finally:
         torch.set_num_threads(before)
 

@@ -151,6 +151,14 @@ def test_a_cast_of_the_module_leaves_the_bias_in_float32() -> None:
     assert "selection_bias_E" in router.state_dict()
 
 
+def test_a_router_made_without_memory_can_be_given_some() -> None:
+    with torch.device("meta"):
+        router = _router(selection_bias=True)
+    router.bfloat16().to_empty(device="cpu")
+    assert router.selection_bias_E is not None
+    assert (router.selection_bias_E.dtype, router.selection_bias_E.device.type) == (torch.float32, "cpu")
+
+
 def test_scores_are_float32_whatever_the_model_computes_in() -> None:
     router = _router().bfloat16()
     with torch.autocast("cpu", dtype=torch.bfloat16):
