@@ -188,8 +188,8 @@ class _Run:
     ) -> assemble.Made:
         if self.asked.stage == "text":
             raise DataError(
-                "--stage text: this recipe has a tokenizer and no clean block for its copies or tests, so its text is "
-                "read by the stages that mark and encode it. Use --stage marks or --stage encode."
+                f"--stage text: this recipe has a tokenizer, so its text is written nowhere; the stages that follow "
+                f"read it themselves. Use --stage {self._after('text')[0]} first."
             )
         reads = [read for _, read in work]
         verdicts = self._verdicts([do for do, _ in work], reads)

@@ -127,6 +127,9 @@ def test_a_stage_that_there_is_not_is_refused(
     )
     for stage in ("tokenizer", "encode"):
         assert run(tmp_path, recipe, "--stage", stage).exit_code == 0
+    judged = {**recipe, "duplicates": {"exact": True}, "output": str(tmp_path / "judged")}
+    refused(run(tmp_path, judged, "--stage", "text"), "Use --stage marks")
+    assert run(tmp_path, judged, "--stage", "marks").exit_code == 0
     assert "encode: 3 parts, 3 of them done" in run(tmp_path, recipe, "--dry-run").stdout
 
 
