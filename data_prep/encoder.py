@@ -5,6 +5,7 @@ gigatoken knows certain split patterns and encodes those some thirty times as fa
 Texts with characters so young that two libraries may hold them for different kinds are left to `tokenizers`.
 """
 
+import ctypes
 import json
 import os
 import sys
@@ -97,6 +98,7 @@ class Encoder:
         if self._fast is None or _resident_bytes() - self._began_with <= self._remembered_bytes:
             return
         self._fast = None  # or there would be two of them for a while
+        _give_back()
         self._fast = _gigatoken(self.vocabulary.tokenizer)
         self._began_with = _resident_bytes()
 
@@ -159,6 +161,13 @@ def _resident_bytes() -> int:
     if sys.platform != "linux":
         return 0
     return int(Path("/proc/self/statm").read_bytes().split()[1]) * _PAGE_BYTES
+
+
+def _give_back() -> None:
+    """Free memory goes back to the system, and does not count as this process's; by glibc, where that is in use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 @cache
