@@ -20,6 +20,8 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import pyarrow as pa
+
 from data_prep import records, task
 from data_prep.records import Unit
 from data_prep.treatment import LocalExecutor
@@ -110,4 +112,7 @@ def _begin(parent: int) -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:
         os._exit(1)
+    pa.set_memory_pool(
+        pa.system_memory_pool()
+    )  # Arrow's own keeps what is free, and grows with what it has had
     log.setup()
