@@ -62,6 +62,9 @@ class Attendance:
             self._leave(runners, verdict.host if verdict is not None and verdict.outcome == "lost" else None)
         self._show()
         reports = self.folder.reports(self.attempt.number)
+        if verdict is not None and verdict.outcome in ("failed", "refused") and verdict.rank is not None:
+            # A rank dies of its peer's end at once, and its agent may say so before the peer's does.
+            verdict = judge(reports, {}, self.plan.limits) or verdict
         attempt = ended(
             self.attempt,
             ended=time.time(),

@@ -139,6 +139,8 @@ class RankReport:
     code: int | None = None
     """As subprocess has it: negative for a signal; None while it lives."""
     seconds_dead: float = 0.0
+    killed: bool = False
+    """Whether it lived until its agent ended it."""
     stopped: bool = False
     """Whether it is halted by a signal (SIGSTOP) or a debugger."""
     halted_seconds: float = 0.0

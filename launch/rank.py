@@ -27,6 +27,8 @@ class Rank:
     works: float = 0.0
     waits: float = 0.0
     died: float | None = None
+    killed: bool = False
+    """By us, while it lived."""
     told: bool = False
     asked_for_stack: bool = False
     halted: float | None = None
@@ -69,6 +71,7 @@ class Rank:
             still_seconds=round(now - self.last_beat, 1),
             code=self.process.returncode,
             seconds_dead=0.0 if self.died is None else round(now - self.died, 2),
+            killed=self.killed,
             stopped=self._state().startswith(("T", "t")),
             halted_seconds=0.0 if self.halted is None else round(now - self.halted, 1),
             stack=stack,
@@ -94,6 +97,7 @@ class Rank:
 
     def end(self) -> None:
         """Kill it and what it started; its session is its own."""
+        self.killed = self.process.poll() is None
         with suppress(ProcessLookupError, PermissionError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

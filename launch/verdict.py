@@ -31,7 +31,7 @@ def judge(
         (rank, report)
         for report in reports
         for rank in report.ranks
-        if rank.code not in (None, 0, EXIT_STOPPED) and not _ended_by_agent(report, rank)
+        if rank.code not in (None, 0, EXIT_STOPPED) and not rank.killed
     ]
     if dead:
         return _first_failure(dead)
@@ -114,10 +114,6 @@ def _first_failure(dead: Sequence[tuple[RankReport, NodeReport]]) -> Verdict:
     cause = f"ended by {_signal_name(-code)}" if code < 0 else f"ended with code {code}"
     outcome = "refused" if code == EXIT_USER_ERROR else "failed"
     return Verdict(outcome, cause, rank.rank, report.host)
-
-
-def _ended_by_agent(report: NodeReport, rank: RankReport) -> bool:
-    return report.ended and rank.code == -signal.SIGKILL and rank.seconds_dead < 0.05
 
 
 def _signal_name(number: int) -> str:
