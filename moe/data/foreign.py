@@ -17,7 +17,7 @@ import numpy.typing as npt
 import xxhash
 
 from moe.data.indexed import Index, Tokens, open_tokens
-from moe.data.tape import Table, Tape
+from moe.data.tape import Tape
 from moe.errors import DataError
 
 
@@ -88,15 +88,14 @@ class ForeignTokens:
             )
         return found
 
-    def rows(self, split: str, tables: Sequence[Table], size: int) -> Tokens:
-        """As `TokenData.rows`."""
+    def pieces(self, split: str, starts: Sequence[int], lengths: Sequence[int]) -> Tokens:
+        """As `TokenData.pieces`."""
         assert split == "train"
-        ids_BS = self._tape.rows(tables, size, self.pad_id)
-        if ids_BS.max() >= self.vocab_size or ids_BS.min() < 0:
-            for starts, lengths in tables:
-                for start, length in zip(starts, lengths, strict=True):
-                    self.tokens(split, start, start + length)  # says which it is
-        return ids_BS
+        ids_N = self._tape.pieces(starts, lengths)
+        if ids_N.max() >= self.vocab_size or ids_N.min() < 0:
+            for start, length in zip(starts, lengths, strict=True):
+                self.tokens(split, start, start + length)  # says which it is
+        return ids_N
 
     @cached_property
     def _tape(self) -> Tape:

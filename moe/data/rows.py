@@ -24,7 +24,6 @@ from moe.data.indexed import Tokens
 from moe.data.masks import Mask
 from moe.data.packing import Pieces
 from moe.data.shards import TokenData
-from moe.data.tape import Table
 from moe.errors import DataError
 
 Packing = Literal["concatenate", "best_fit"]
@@ -44,7 +43,7 @@ class TokenSource(Protocol):
     def num_tokens(self, split: str) -> int: ...
     def document_lengths(self, split: str) -> npt.NDArray[np.int64]: ...
     def tokens(self, split: str, start: int, stop: int) -> Tokens: ...
-    def rows(self, split: str, tables: Sequence[Table], size: int) -> Tokens: ...
+    def pieces(self, split: str, starts: Sequence[int], lengths: Sequence[int]) -> Tokens: ...
 
 
 class Rows(Protocol):
@@ -141,42 +140,49 @@ class PackedRows:
         return self.block([index])[0]
 
     def block(self, indices: Sequence[int]) -> Block:
-        """Many at once, which costs each a third as much."""
-        length, starts_P, lengths_P, first_of = self._length, self._start_P, self._length_P, self._row_R1.item
-        tables: list[Table] = []
-        filled_B: list[int] = []
-        last: list[int] = []  # places of each document's last token, or of each row's
-        padding: list[slice] = []
-        cut: list[int] = []  # places of last tokens that more of their document follows, and of what follows
-        following: list[int] = []
-        for first, index in zip(range(0, len(indices) * length, length), indices, strict=True):
+        """Many at once, which costs each half as much."""
+        size, starts_P, lengths_P, first_of = self._length, self._start_P, self._length_P, self._row_R1.item
+        starts: list[int] = []
+        lengths: list[int] = []
+        lengths_B: list[list[int]] = []
+        cut: list[int] = []  # places of last tokens that more of their document follows
+        following: list[int] = []  # and of what follows
+        for at, index in enumerate(indices, start=1):
             begin, end = first_of(index), first_of(index + 1)
-            starts, lengths = starts_P[begin:end].tolist(), lengths_P[begin:end].tolist()
-            filled = sum(lengths)
-            tables.append((starts, lengths))
-            filled_B.append(filled)
-            if filled < length:
-                padding.append(slice(first + filled, first + length))
-            elif len(starts) == 1 and not self._ends(starts[0] + length):
-                cut.append(first + length - 1)
-                following.append(starts[0] + length)
-                continue
-            last += [first + end - 1 for end in accumulate(lengths)] if self._apart else [first + filled - 1]
-        extra = [following[at : at + length] for at in range(0, len(following), length)]
-        found = self._data.rows(
-            self._split, [*tables, *((tokens, [1] * len(tokens)) for tokens in extra)], length
-        )
-        tokens_BS = found[: len(tables)]
-        labels_BS = np.empty(tokens_BS.shape, dtype=np.int64)
-        labels_N, found_N = labels_BS.reshape(-1), found.reshape(-1)
-        labels_N[:-1] = found_N[1 : labels_N.size]
-        labels_N[last] = IGNORED
-        for places in padding:
-            labels_N[places] = IGNORED
+            here = lengths_P[begin:end].tolist()
+            starts += starts_P[begin:end].tolist()
+            lengths += here
+            lengths_B.append(here)
+            if here[0] == size and not self._ends(starts[-1] + size):
+                cut.append(at * size - 1)
+                following.append(starts[-1] + size)
+        found_N = self._data.pieces(self._split, starts + following, lengths + [1] * len(cut))
+        filled_B = list(map(sum, lengths_B))
+        ids_N, after = found_N[: sum(filled_B)], found_N[sum(filled_B) :]
+        padded = ids_N.size < len(indices) * size
+        if padded:
+            ids_N = self._padded(ids_N, filled_B)
+            lengths = [length for here in lengths_B for length in (*here, size - sum(here))]
+        labels_N = np.empty(ids_N.size, dtype=np.int64)
+        labels_N[:-1] = ids_N[1:]
+        for end in accumulate(lengths) if self._apart else range(size, ids_N.size + 1, size):
+            labels_N[end - 1] = IGNORED
         if cut:
-            labels_N[cut] = found_N[labels_N.size :][: len(cut)]
-        documents = [lengths if self._apart else None for _, lengths in tables]
-        return Block(tokens_BS.astype(np.int64), labels_BS, filled_B, documents)
+            labels_N[cut] = after
+        ids_BS, labels_BS = ids_N.astype(np.int64).reshape(-1, size), labels_N.reshape(-1, size)
+        if padded:
+            for filled, labels_S in zip(filled_B, labels_BS, strict=True):
+                labels_S[filled - 1 if filled < size else size :] = IGNORED
+        return Block(ids_BS, labels_BS, filled_B, lengths_B if self._apart else [None] * len(lengths_B))
+
+    def _padded(self, ids_N: Tokens, filled_B: Sequence[int]) -> Tokens:
+        """Rows of all positions from those that are filled."""
+        ids_BS = np.full((len(filled_B), self._length), self._data.pad_id, dtype=ids_N.dtype)
+        at = 0
+        for filled, ids_S in zip(filled_B, ids_BS, strict=True):
+            ids_S[:filled] = ids_N[at : at + filled]
+            at += filled
+        return ids_BS.reshape(-1)
 
     def _ends(self, token: int) -> bool:
         """Whether a document ends before `token`."""

@@ -28,7 +28,7 @@ from moe.data.manifest import (
     TokenizerFacts,
 )
 from moe.data.masks import MaskWriter, mask_path
-from moe.data.tape import Table, Tape
+from moe.data.tape import Tape
 from moe.errors import DataError
 
 __all__ = [
@@ -155,14 +155,13 @@ class TokenData:
         self._check_ids(split, start, ids_N)
         return ids_N
 
-    def rows(self, split: str, tables: Sequence[Table], size: int) -> Tokens:
-        """Ids `[len(tables), size]`: the pieces of each, and padding. Raises as `tokens` does."""
-        ids_BS = self._tapes[split].rows(tables, size, self.pad_id)
-        if _largest(ids_BS) >= self._vocab_size:
-            for starts, lengths in tables:
-                for start, length in zip(starts, lengths, strict=True):
-                    self.tokens(split, start, start + length)  # says which it is
-        return ids_BS
+    def pieces(self, split: str, starts: Sequence[int], lengths: Sequence[int]) -> Tokens:
+        """Ids `[sum(lengths)]`: what lies from each start on, end to end. Raises as `tokens` does."""
+        ids_N = self._tapes[split].pieces(starts, lengths)
+        if _largest(ids_N) >= self._vocab_size:
+            for start, length in zip(starts, lengths, strict=True):
+                self.tokens(split, start, start + length)  # says which it is
+        return ids_N
 
     def _check_ids(self, split: str, start: int, ids_N: Tokens) -> None:
         # Bytes whose hash nobody checked, or an edited manifest, would end as an index error deep in the model.

@@ -1,16 +1,14 @@
-"""Arrays of token ids -> one line of them, end to end, and rows of its pieces. B rows, S positions of each."""
+"""Arrays of token ids -> one line of them, end to end, and pieces of it. N ids."""
 
 from bisect import bisect_right
 from collections.abc import Sequence
 from itertools import accumulate
+from operator import add
 from typing import Any
 
 import numpy as np
 
 from moe.data.indexed import Tokens
-
-Table = tuple[Sequence[int], Sequence[int]]
-"""Where the pieces of a row start, and their lengths."""
 
 
 class Tape:
@@ -39,21 +37,32 @@ class Tape:
             start, place = end, place + 1
         return parts
 
-    def rows(self, tables: Sequence[Table], size: int, pad_id: int) -> Tokens:
-        """Ids [B, S], S = `size`: each row the pieces of its table, and padding for what they leave; read-only."""
+    def pieces(self, starts: Sequence[int], lengths: Sequence[int]) -> Tokens:
+        """Ids `[sum(lengths)]`: what lies from each start on, end to end; read-only.
+
+        Raises `IndexError` beyond the ends.
+        """
+        parts: list[Any]  # buffers
+        if len(self._buffers) == 1:
+            buffer = self._buffers[0]
+            parts = [buffer[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+        else:
+            parts = self._across(starts, lengths)
+        found_N = np.frombuffer(b"".join(parts), self._arrays[0].dtype)
+        if len(found_N) != sum(lengths):
+            raise IndexError(f"pieces end at {max(map(add, starts, lengths))} of {len(self)}")
+        return found_N
+
+    def _across(self, starts: Sequence[int], lengths: Sequence[int]) -> list[Any]:
+        """The same as buffers, of several arrays."""
         ends, begins, buffers = self._ends, self._begins, self._buffers
-        dtype = self._arrays[0].dtype
-        pad = np.array(pad_id, dtype).tobytes()
-        parts: list[Any] = []  # buffers
-        for starts, lengths in tables:
-            for start, length in zip(starts, lengths, strict=True):
-                stop, place = start + length, bisect_right(ends, start)
-                # The rule comes first: a call would cost as much as all the rest.
-                if stop <= ends[place]:
-                    begin = begins[place]
-                    parts.append(buffers[place][start - begin : stop - begin])
-                else:
-                    parts += self.views(start, stop)
-            if (left := size - sum(lengths)) > 0:
-                parts.append(pad * left)
-        return np.frombuffer(b"".join(parts), dtype).reshape(len(tables), size)
+        parts: list[Any] = []
+        for start, length in zip(starts, lengths, strict=True):
+            stop, place = start + length, bisect_right(ends, start)
+            # The rule comes first: a call would cost as much as all the rest.
+            if place < len(ends) and stop <= ends[place]:
+                begin = begins[place]
+                parts.append(buffers[place][start - begin : stop - begin])
+            else:
+                parts += self.views(start, stop)
+        return parts
