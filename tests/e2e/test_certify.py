@@ -67,14 +67,8 @@ def test_the_demo_is_certified(tmp_path: Path) -> None:
 
 @pytest.mark.timeout(1500)
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        DEMO,
-        pytest.param("configs/study/dense.yaml", marks=pytest.mark.nightly),
-        pytest.param("configs/study/sparse.yaml", marks=pytest.mark.nightly),
-    ],
-)
+@pytest.mark.nightly
+@pytest.mark.parametrize("recipe", [DEMO, "configs/study/dense.yaml", "configs/study/sparse.yaml"])
 def test_every_shipped_recipe_is_certified_in_the_whole_selection(recipe: str, tmp_path: Path) -> None:
     done = turnout(recipe, "--world", "4", "--json", str(tmp_path / "certificate.json"), seconds=1400)
     assert done.returncode == 0, done.stdout + done.stderr
