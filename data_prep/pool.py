@@ -8,7 +8,6 @@ which else takes longer than to encode 50 MB. The threads of numpy and pyarrow k
 """
 
 import atexit
-import ctypes
 import multiprocessing
 import os
 import signal
@@ -27,8 +26,7 @@ from data_prep.records import Unit
 from data_prep.treatment import LocalExecutor
 from moe import log
 from moe.errors import DataError
-
-_PR_SET_PDEATHSIG = 1
+from moe.orphans import die_with_parent
 
 
 @dataclass(frozen=True)
@@ -108,8 +106,7 @@ def _begin(parent: int) -> None:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)  # which does: the parent's own handler came with the fork
     # To take all libraries apart costs a fifth of a second, and nothing waits for it.
     atexit.register(os._exit, 0)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     if os.getppid() != parent:
         os._exit(1)
     pa.set_memory_pool(

@@ -20,13 +20,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
-from launch import heir, procfs, surroundings
+from launch import heir, surroundings
 from launch.awake import Awake
 from launch.container import without_the_hosts
 from launch.folder import LaunchFolder, NodeReport, Plan, read, write
 from launch.rank import Rank
 from moe.attempt import BEAT, OWNER, STACKS
 from moe.errors import EXIT_STOPPED, LaunchError, clean_exit
+from moe.orphans import die_with_parent
 
 _POLL_SECONDS = 0.1
 _REPORT_SECONDS = 0.5
@@ -104,7 +105,7 @@ class Agent:
                     stdout=log,
                     stderr=log,
                     start_new_session=True,
-                    preexec_fn=procfs.die_with_parent,
+                    preexec_fn=die_with_parent,
                 )
             self.ranks.append(Rank(rank, process, beat, stacks, self.clock, self.clock.seconds()))
         if self.node == 0:

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 
 from launch import procfs
+from moe.orphans import die_with_parent
 
 _POLL_SECONDS = 0.2
 _GRACE_SECONDS = 2.0
@@ -63,7 +64,7 @@ def run(
 
 def _end_with_parent() -> None:
     """Ask the kernel to send SIGTERM when we are killed ourselves: the launcher then ends its ranks, which save."""
-    procfs.die_with_parent(signal.SIGTERM)
+    die_with_parent(signal.SIGTERM)
 
 
 @contextmanager

@@ -1,6 +1,5 @@
 """Jobs for one number of ranks -> what each of them saw, on processes of this machine; nothing waits for ever."""
 
-import ctypes
 import datetime
 import multiprocessing
 import os
@@ -9,7 +8,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +19,7 @@ import torch.distributed as dist
 from moe import log
 from moe.certify.seen import Job, Seen, read, write
 from moe.errors import TurnoutError
+from moe.orphans import die_with_parent
 
 JOB_SECONDS = 180.0
 START_SECONDS = 180.0
@@ -180,7 +180,7 @@ def _rank(
     plant: Plant | None,
 ) -> None:
     """One rank: all jobs in turn; its last words go into a file."""
-    _end_with_parent()
+    die_with_parent()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the parent's to answer
     _into_file(here / f"{rank}.log")
     log.setup(rank)
@@ -222,9 +222,3 @@ def _into_file(path: Path) -> None:
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
-
-
-def _end_with_parent() -> None:
-    if sys.platform == "linux":
-        with suppress(OSError):
-            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
