@@ -103,7 +103,7 @@ class Attempt:
     """Slurm's number of the job."""
     ended: float | None = None
     outcome: str | None = None
-    """done, saved, failed, hung, lost, unstarted, refused or abandoned; None while it runs."""
+    """done, saved, failed, hung, lost, unstarted, left, refused or abandoned; None while it runs."""
     rank: int | None = None
     """The first that failed."""
     host: str | None = None
@@ -257,9 +257,14 @@ def ended(attempt: Attempt, **how: Any) -> Attempt:
 
 
 def fruitless(attempts: Sequence[Attempt]) -> int:
-    """How many attempts, counted from the last, went wrong without a new checkpoint; requeues do not begin anew."""
+    """How many attempts, counted from the last, went wrong without a new checkpoint; requeues do not begin anew.
+
+    One that was left before an agent began, since Slurm took the job away, went neither wrong nor well.
+    """
     count = 0
     for attempt in reversed(attempts):
+        if attempt.outcome == "left":
+            continue
         if attempt.outcome in ("done", "saved") or (attempt.to_step or 0) > attempt.from_step:
             break
         count += 1

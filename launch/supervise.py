@@ -55,14 +55,19 @@ class Supervisor:
                 return self._leave(attempt)
             if attempt.outcome == "refused":
                 return self._close(attempt, "given up: the ranks would refuse it again", EXIT_USER_ERROR)
+            unstarted = attempt.outcome == "unstarted"
             before = self.folder.attempts()[self.plan.first_attempt - 1 : -1]
-            if (count := fruitless([*before, attempt])) >= self.plan.limits.fruitless_attempts:
+            count = fruitless([*before, attempt])
+            give_up = count >= self.plan.limits.fruitless_attempts
+            if (unstarted or give_up) and self._is_taken_away():
+                return self._leave(ended(attempt, outcome="left") if unstarted else attempt)
+            if give_up:
                 sentence = f"given up: {count} attempts in a row without a new checkpoint"
                 return self._close(attempt, sentence, EXIT_FAILED)
             if attempt.outcome == "lost" and attempt.host is not None:
                 self.bad.add(attempt.host)
             self._note(attempt, "started again" if self._nodes() else "too few nodes are left")
-            if attempt.outcome == "unstarted":
+            if unstarted:
                 time.sleep(_PAUSE_SECONDS)
         return self._give_up_nodes()
 
@@ -141,18 +146,22 @@ class Supervisor:
         )
         return attempt
 
+    def _is_taken_away(self) -> bool:
+        """Whether Slurm ends or requeues the job: it lets no agent begin then, a while before it tells us."""
+        return self.job is not None and not self.job.is_running()
+
     def _leave(self, attempt: Attempt) -> int:
         """We were asked to end; the ranks have saved, or failed to."""
         if self.folder.stop.exists() or self.job is None:
             return self._close(attempt, "stopped; the same launch goes on from here", EXIT_STOPPED)
-        if not self.job.is_running():
+        if self._is_taken_away():
             return self._close(attempt, "left to Slurm, which ends or requeues the job", EXIT_STOPPED)
         return self._requeue(attempt)
 
     def _give_up_nodes(self) -> int:
         attempt = self.folder.attempts()[-1]
         without = ", ".join(sorted(self.bad))
-        if self.job is None or not self.job.is_running():
+        if self.job is None or self._is_taken_away():
             return self._close(attempt, f"given up: without {without} there are too few nodes", EXIT_FAILED)
         job = self.job.submit_without(str(self.folder.home / "job.sbatch"), sorted(self.bad))
         write(self.folder.home / "job.json", {"job": job})

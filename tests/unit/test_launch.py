@@ -182,6 +182,7 @@ def test_attempts_without_a_new_checkpoint_are_counted_from_the_last() -> None:
     assert fruitless([failed, failed, failed]) == 3
     assert fruitless([failed, replace(failed, to_step=20), failed]) == 1
     assert fruitless([failed, replace(failed, outcome="saved"), failed, failed]) == 2
+    assert fruitless([failed, replace(failed, outcome="left"), failed, replace(failed, outcome="left")]) == 2
 
 
 @pytest.fixture

@@ -10,14 +10,14 @@ from click.testing import CliRunner, Result
 
 from launch import heir, slurm
 from launch.drain import DrainWatch
-from launch.folder import Attempt, LaunchFolder, Limits, NodeReport, Plan, RankReport, read, write
+from launch.folder import Attempt, LaunchFolder, Limits, NodeReport, Plan, RankReport, fruitless, read, write
 from launch.layout import refit
 from launch.look import story
 from launch.slurm import Job, Request, SlurmSilentError, script
 from launch.supervise import Supervisor
 from launch.verdict import judge
 from moe.cli import turnout
-from moe.errors import LaunchError
+from moe.errors import EXIT_STOPPED, LaunchError
 
 FakeSlurm = Callable[[str], Path]
 
@@ -190,6 +190,40 @@ def test_with_fewer_nodes_as_many_are_used_as_the_recipe_fits(
     assert supervisor._nodes() == ("a", "c")  # on three the batch of 8 cannot be
     assert replace(supervisor, plan=replace(plan, min_nodes=None))._nodes() is None
     assert replace(supervisor, bad=set())._nodes() == ("a", "b", "c", "d")
+
+
+@pytest.mark.parametrize(
+    ("state", "code", "outcome", "then"),
+    [
+        ("COMPLETING", EXIT_STOPPED, "left", "left to Slurm, which ends or requeues the job"),
+        ("RUNNING", 1, "unstarted", "given up: 3 attempts in a row without a new checkpoint"),
+    ],
+)
+def test_a_job_that_slurm_takes_away_is_no_attempt_that_failed(
+    fake: FakeSlurm,
+    folder: LaunchFolder,
+    monkeypatch: pytest.MonkeyPatch,
+    state: str,
+    code: int,
+    outcome: str,
+    then: str,
+) -> None:
+    """Slurm starts no agent in a job that it preempts, and tells us so a while later."""
+    monkeypatch.setattr("launch.supervise._PAUSE_SECONDS", 0.0)
+    asked = fake(f"echo JobState={state}")
+    srun = asked.parent / "bin/srun"
+    srun.write_text("#!/bin/sh\necho srun: error: Unable to create step for job 5 >&2\nexit 1\n")
+    srun.chmod(0o755)
+    for number in (1, 2):
+        folder.attempt_folder(number).mkdir()
+        failed = Attempt(number, "t", ("a", "b"), 0.0, 0, ended=1.0, outcome="failed", to_step=0)
+        folder.write_attempt(failed)
+    supervisor = Supervisor(folder, folder.plan(), Job("5", ("a", "b")))
+    assert supervisor._run(lambda: None) == code
+    last = folder.attempts()[-1]
+    assert (last.number, last.outcome, last.then) == (3, outcome, then)
+    assert "Unable to create step" in (last.cause or "")
+    assert fruitless(folder.attempts()) == (2 if outcome == "left" else 3)
 
 
 def test_a_script_asks_for_as_few_nodes_as_will_do(tmp_path: Path) -> None:
