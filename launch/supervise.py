@@ -161,8 +161,10 @@ class Supervisor:
     def _give_up_nodes(self) -> int:
         attempt = self.folder.attempts()[-1]
         without = ", ".join(sorted(self.bad))
-        if self.job is None or self._is_taken_away():
+        if self.job is None:
             return self._close(attempt, f"given up: without {without} there are too few nodes", EXIT_FAILED)
+        if self._is_taken_away():
+            return self._leave(attempt)
         job = self.job.submit_without(str(self.folder.home / "job.sbatch"), sorted(self.bad))
         write(self.folder.home / "job.json", {"job": job})
         return self._close(attempt, f"queued anew as job {job}, without {without}", EXIT_STOPPED)

@@ -226,6 +226,18 @@ def test_a_job_that_slurm_takes_away_is_no_attempt_that_failed(
     assert fruitless(folder.attempts()) == (2 if outcome == "left" else 3)
 
 
+def test_with_too_few_nodes_a_job_that_slurm_takes_away_is_left_to_it(
+    fake: FakeSlurm, folder: LaunchFolder
+) -> None:
+    asked = fake("echo JobState=PENDING")
+    folder.attempt_folder(1).mkdir()
+    folder.write_attempt(Attempt(1, "t", ("a", "b"), 0.0, 0, ended=1.0, outcome="lost", host="b"))
+    supervisor = Supervisor(folder, folder.plan(), Job("5", ("a", "b")), bad={"b"})
+    assert supervisor._run(lambda: None) == EXIT_STOPPED
+    assert folder.attempts()[-1].then == "left to Slurm, which ends or requeues the job"
+    assert "sbatch" not in asked.read_text()
+
+
 def test_a_script_asks_for_as_few_nodes_as_will_do(tmp_path: Path) -> None:
     plan = Plan("slurm", str(tmp_path / "run"), "/", "python", 4, 2, min_nodes=2)
     page = script(LaunchFolder(tmp_path), plan, Request("demo", spares=1), {})
