@@ -42,7 +42,7 @@ def prepare(recipe: DataRecipe, *, overwrite: bool = False) -> TokenData:
 
 
 def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
-    sources = open_sources(recipe.sources)
+    sources = open_sources(recipe)
     digests = [source.digest() for source in sources]
     tokenizer = recipe.tokenizer
     ready = None if isinstance(tokenizer, BpeTokenizer) else vocabulary.load(tokenizer)
