@@ -8,6 +8,7 @@ from typing import Any
 
 from data_prep import urls
 from data_prep.documents import Document, Dropped, from_text
+from data_prep.normalise import Normaliser
 from data_prep.treatment import Clean, LanguageFilter, Rules
 from moe.errors import DataError
 
@@ -55,7 +56,7 @@ def cleaner(config: Clean | None) -> Cleaner:
 def _steps(config: Clean) -> list[Step]:
     steps: list[Step] = []
     if config.normalise:
-        steps.append(_needed("ftfy", "clean.normalise").fix_text)
+        steps.append(Normaliser(_needed("ftfy", "clean.normalise")))
     if config.language is not None:
         steps.append(_language(config.language))
     if config.rules:

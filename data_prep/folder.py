@@ -7,18 +7,22 @@ from typing import Any
 import numpy as np
 
 from moe.data.manifest import CHECKSUM_NAME, MANIFEST_NAME, is_as_written
-from moe.data.shards import TOKENIZER_NAME, FileStamp, Index, Manifest, ShardFacts, TokenData
+from moe.data.shards import TOKENIZER_NAME, FileStamp, Manifest, ShardFacts, TokenData
 from moe.errors import DataError
 
 
 def damages(folder: Path) -> Iterator[str]:
     """A sentence for each file that is missing, cut or changed. Raises `DataError` without a manifest."""
-    if (folder / MANIFEST_NAME).exists() and not is_as_written(folder):
-        yield (
-            f"{folder / MANIFEST_NAME}: other bytes than {CHECKSUM_NAME} says, so that what it says of the files below "
-            f"is in doubt too"
-        )
-    for path, stamp in _files(folder, Manifest.read(folder)):
+    manifest = Manifest.read(folder)
+    try:
+        if not is_as_written(folder):
+            yield (
+                f"{folder / MANIFEST_NAME}: other bytes than {CHECKSUM_NAME} says, so that what it says of the files "
+                f"below is in doubt too"
+            )
+    except OSError as error:
+        yield f"{error.filename}: it cannot be read ({error.strerror})"
+    for path, stamp in _files(folder, manifest):
         try:
             found = FileStamp.of(path)
         except OSError as error:
@@ -35,7 +39,7 @@ def shares(data: TokenData) -> dict[str, Any]:
     """Figures of a folder for `stats`: splits, lengths of documents, sources and what was dropped from them."""
     page: dict[str, Any] = {"vocabulary": data.vocab_size, "splits": {}, "sources": []}
     for split in data.manifest.splits:
-        lengths_D = _lengths(data, split)
+        lengths_D = data.document_lengths(split)
         edges = [0, *(2**power for power in range(4, 21, 2)), int(max(lengths_D.max(), 2**20)) + 1]
         counts, _ = np.histogram(lengths_D, bins=np.unique(edges))
         page["splits"][split] = {
@@ -65,24 +69,19 @@ def sample(data: TokenData, split: str, count: int, seed: int) -> Iterator[tuple
         raise DataError(
             f"{data.folder}: there is no {split} split. Use one of {', '.join(data.manifest.splits)}."
         )
-    tokenizer = Tokenizer.from_file(str(data.tokenizer_folder / "tokenizer.json"))
-    starts_D = np.concatenate([[0], np.cumsum(_lengths(data, split))])
+    path = data.tokenizer_folder / "tokenizer.json"
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise DataError(
+            f"{path}: the tokenizer cannot be read ({error}), so there is no text to show. `turnout data verify` says "
+            f"what else is damaged; copy the folder again, or prepare the data again."
+        ) from None
+    starts_D = np.concatenate([[0], np.cumsum(data.document_lengths(split))])
     chosen = np.random.default_rng(seed).choice(total, size=min(count, total), replace=False)
     for document in sorted(int(number) for number in chosen):
         ids_N = data.tokens(split, int(starts_D[document]), int(starts_D[document + 1]))
         yield document, tokenizer.decode([token for token in ids_N.tolist() if token != data.eos_id])
-
-
-def _lengths(data: TokenData, split: str) -> np.typing.NDArray[np.int64]:
-    """Tokens of each document `[D]`."""
-    facts = next(facts for name, facts in data.manifest.splits.items() if name == split)
-    indices = (Index.read(data.folder / f"{shard.name}.idx") for shard in facts.shards)
-    return np.concatenate([_documents(index) for index in indices])
-
-
-def _documents(index: Index) -> np.typing.NDArray[np.int64]:
-    ends_S = np.concatenate([[0], np.cumsum(index.lengths_S, dtype=np.int64)])
-    return np.diff(ends_S[np.asarray(index.documents_D)])
 
 
 def _files(folder: Path, manifest: Manifest) -> Iterator[tuple[Path, FileStamp]]:

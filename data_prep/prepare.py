@@ -42,7 +42,7 @@ def prepare(recipe: DataRecipe, *, overwrite: bool = False) -> TokenData:
 
 
 def _prepare(recipe: DataRecipe, overwrite: bool) -> TokenData:
-    sources = open_sources(recipe.sources)
+    sources = open_sources(recipe)
     digests = [source.digest() for source in sources]
     tokenizer = recipe.tokenizer
     ready = None if isinstance(tokenizer, BpeTokenizer) else vocabulary.load(tokenizer)
@@ -72,9 +72,10 @@ def up_to_date(recipe: DataRecipe, digests: Sequence[str | None], ready: Vocabul
     manifest = output.existing(recipe.folder)
     if manifest is None:
         return False
-    changed = []
-    if manifest.recipe != recipe.identity:
-        changed = [key for key, value in recipe.identity.items() if manifest.recipe.get(key) != value]
+    changed, now = [], recipe.identity
+    if manifest.recipe != now:
+        keys = {**now, **manifest.recipe}  # a block that was removed is a change too
+        changed = [key for key in keys if now.get(key) != manifest.recipe.get(key)]
     elif [source.digest for source in manifest.sources] != list(digests):
         changed = ["the text of the sources"]
     elif manifest.given and manifest.given != given.digests(recipe):

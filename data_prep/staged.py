@@ -55,7 +55,7 @@ def prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
 
 
 def _prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
-    sources = open_sources(recipe.sources, tolerant=recipe.bad_rows == "quarantine")
+    sources = open_sources(recipe)
     times = [source.times() for source in sources]
     stamps = [source.stamps() for source in sources]
     digests = [source.digest(found) for source, found in zip(sources, stamps, strict=True)]

@@ -14,6 +14,7 @@ from data_prep.hub import hub
 from data_prep.parts import PartWriter
 from data_prep.recipe import (
     ChatSource,
+    DataRecipe,
     HubSource,
     JsonlSource,
     ParquetSource,
@@ -52,14 +53,23 @@ def open_source(config: SourceConfig, *, tolerant: bool = False) -> Source:
             return files.chat(config)
 
 
-def open_sources(configs: Sequence[SourceConfig], *, tolerant: bool = False) -> list[Source]:
-    """All of a recipe. Raises `DataError` for a file that two of them would read in the same way."""
-    sources = [open_source(config, tolerant=tolerant) for config in configs]
+def open_sources(recipe: DataRecipe) -> list[Source]:
+    """All of a recipe. Raises `DataError` for a file that two of them would read in the same way, or that it made."""
+    sources = [open_source(config, tolerant=recipe.bad_rows == "quarantine") for config in recipe.sources]
+    place = recipe.folder.resolve()
+    made = (place, place.parent / f"{place.name}.stages") if place.name else ()  # the root is refused as such
     readers: dict[tuple[str, Path], int] = {}
-    for number, (config, source) in enumerate(zip(configs, sources, strict=True)):
+    for number, (config, source) in enumerate(zip(recipe.sources, sources, strict=True)):
         way = repr(config.model_dump(exclude={"paths"}))
         for path in source.files:
-            if (other := readers.setdefault((way, path.resolve()), number)) != number:
+            real = path.resolve()
+            if not {real, *real.parents}.isdisjoint(made):
+                raise DataError(
+                    f"{path}: sources.{number} reads this file, but it lies in the recipe's own output, "
+                    f"{recipe.folder}, or its stages: what is made would change what is read. Use narrower paths, or "
+                    f"an output elsewhere."
+                )
+            if (other := readers.setdefault((way, real), number)) != number:
                 raise DataError(
                     f"{path}: sources.{other} and sources.{number} both read this file, so its text would be there "
                     f"twice. Take it out of one of them; weights and epochs of a mixture show text more often."

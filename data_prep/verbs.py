@@ -1,6 +1,8 @@
 """`turnout data inspect|verify|stats|sample DIR`: what a data folder holds, and whether it is whole."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -22,7 +24,7 @@ def command() -> None:
 @_FOLDER
 def inspect(folder: Path) -> None:
     """The recipe and the files of DIR."""
-    with clean_exit():
+    with clean_exit(), _errors_of_the_disk():
         data = TokenData.open(folder, verify=False)
         click.echo(
             f"{folder}: {data.manifest.dtype} ids below {data.vocab_size:,}, fingerprint {data.fingerprint}"
@@ -40,7 +42,9 @@ def inspect(folder: Path) -> None:
 @_FOLDER
 def verify(folder: Path) -> None:
     """Compare every byte of DIR with its manifest; name the files and blocks that differ."""
-    with clean_exit():
+    with clean_exit(), _errors_of_the_disk():
+        if not folder.is_dir():
+            TokenData.open(folder, verify=False)  # says so
         if found := list(folders.damages(folder)):
             listed = "\n  ".join(found)
             raise DataError(
@@ -55,7 +59,7 @@ def verify(folder: Path) -> None:
 @_FOLDER
 def stats(folder: Path) -> None:
     """Documents, tokens, lengths, sources and drops of DIR, as JSON."""
-    with clean_exit():
+    with clean_exit(), _errors_of_the_disk():
         data = TokenData.open(folder, verify=False)
         click.echo(json.dumps(folders.shares(data), indent=2, ensure_ascii=False))
 
@@ -67,10 +71,23 @@ def stats(folder: Path) -> None:
 @click.option("--seed", default=0, show_default=True, type=click.IntRange(0), help="Another seed, others.")
 def sample(folder: Path, split: str, count: int, seed: int) -> None:
     """Some documents of DIR, decoded."""
-    with clean_exit():
+    with clean_exit(), _errors_of_the_disk():
         data = TokenData.open(folder, verify=False)
         for number, text in folders.sample(data, split, count, seed):
             click.echo(f"--- document {number} of {split}\n{text}")
+
+
+@contextmanager
+def _errors_of_the_disk() -> Iterator[None]:
+    """What reading and printing raise as `DataError`; a reader that went away, as in `| head`, is click's business."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise DataError(
+            f"{error.filename or 'standard output'}: {error.strerror or error}. Check the disk and its permissions."
+        ) from None
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def _set(page: dict[str, Any], override: str) -> None:
         if not isinstance(here, dict):
             block = ".".join(keys[: depth + 1])[:100]
             raise ConfigError(
-                f"override {brief(override)}: {block} is {brief(here)} in the recipe, not a block."
+                f"override {brief(override)}: {block} is {brief(here)} in the recipe, not a block. Write all of it: "
+                f"{block}=VALUE."
             )
     here[keys[-1]] = _yaml(text, f"override {brief(override)}")
 

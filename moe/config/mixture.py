@@ -86,6 +86,13 @@ def _stage_faults(mixture: MixtureConfig, steps: int) -> list[str]:
             f"data.mixture.stages: the last begins at step {begins[-1]}, but train.steps is {steps}, so it has no "
             f"effect. Remove it, or begin it earlier."
         )
+    used = {name for stage in mixture.stages for name, weight in stage.weights.items() if weight}
+    faults += [
+        f"data.mixture.stages: source {name} has no weight in any of them, so it has no effect. Give it some, or "
+        f"remove the source."
+        for name in sorted(names - used)
+        if used
+    ]
     for stage in mixture.stages:
         if unknown := sorted(set(stage.weights) - names):
             faults.append(

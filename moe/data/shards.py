@@ -133,10 +133,9 @@ class TokenData:
         return facts.documents if facts else 0
 
     def document_lengths(self, split: str) -> np.typing.NDArray[np.int64]:
-        """Tokens of each document, in order."""
+        """Tokens of each document, in order. Raises `DataError` if they are not what their shards hold."""
         facts = self._facts(split)
-        names = [] if facts is None else [shard.name for shard in facts.shards]
-        lengths = [Index.read(self.folder / f"{name}.idx").lengths_S for name in names]
+        lengths = [_lengths(self.folder, shard) for shard in ([] if facts is None else facts.shards)]
         return np.concatenate([np.zeros(0, dtype=np.int64), *lengths]).astype(np.int64)
 
     def tokens(self, split: str, start: int, stop: int) -> Tokens:
@@ -223,6 +222,17 @@ def _check_shard(folder: Path, shard: ShardFacts, dtype: str, verify: bool) -> N
         )
     if verify:
         index.check(idx_path)
+
+
+def _lengths(folder: Path, shard: ShardFacts) -> np.typing.NDArray[np.int32]:
+    path = folder / f"{shard.name}.idx"
+    lengths_S = np.asarray(Index.read(path).lengths_S)
+    if lengths_S.min(initial=0) < 0 or lengths_S.sum(dtype=np.int64) != shard.tokens:
+        raise DataError(
+            f"{path}: its documents have {lengths_S.sum(dtype=np.int64)} tokens, but the manifest says {shard.tokens}. "
+            f"The file was changed or damaged: prepare the data again, or copy it again."
+        )
+    return lengths_S
 
 
 def _check_file(path: Path, stamp: FileStamp, verify: bool) -> None:

@@ -1,8 +1,10 @@
 """The data section of a recipe -> the folders that a run trains on, and whose turn it is at every sample."""
 
 import json
+from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import gt
 from pathlib import Path
 
 import xxhash
@@ -102,7 +104,7 @@ def open_sources(
         Use(source.name, _amount(found), count, count / epoch, count / samples)
         for source, found, count, epoch in zip(named, tokens, counts, epochs, strict=True)
     )
-    _refuse_overuse(named, uses, epochs, steps)
+    _refuse_overuse(config.mixture, mixture, uses, epochs, steps)
     page = json.dumps([data.fingerprint, *(source.fingerprint for source in tokens)])
     return Sources(tokens, mixture, xxhash.xxh3_128_hexdigest(page.encode()), uses)
 
@@ -145,21 +147,50 @@ def _stages(mixture: MixtureConfig, rows: Sequence[int], global_batch_size: int)
 
 
 def _refuse_overuse(
-    sources: Sequence[SourceConfig], uses: Sequence[Use], rows: Sequence[int], steps: int
+    config: MixtureConfig, mixture: Mixture, uses: Sequence[Use], rows: Sequence[int], steps: int
 ) -> None:
-    faults = []
-    for source, use, epoch in zip(sources, uses, rows, strict=True):
-        limit = source.max_epochs if source.epochs is None else source.epochs
-        # Shares are even to within a few samples: epochs asked for may be passed by so many.
-        allowed = limit * epoch + (0 if source.epochs is None else len(sources) + 4)
-        if use.samples > allowed:
-            what = "max_epochs" if source.epochs is None else "epochs"
-            most = int(steps * limit / use.epochs)
-            fewer = f" at most {most} train.steps," if most else ""
-            faults.append(
-                f"data.mixture: {steps} steps would see source {source.name} {use.epochs:.2f} times ({use.samples} of "
-                f"its {epoch} sequences), but its {what} is {limit:g}. Use a smaller weight,{fewer} or a "
-                f"larger {what}."
+    samples = sum(use.samples for use in uses)
+    batch = samples // steps
+    asked = [source.epochs for source in config.sources if source.epochs is not None]
+    if asked:
+        # Not each on its own: shares are even to within a few samples, so one may end a little before another.
+        total = int(sum(map(_limit, asked, rows)))
+        if samples > total:
+            fewer = f"at most {total // batch} train.steps, or " if total >= batch else ""
+            raise ConfigError(
+                f"data.mixture: {steps} steps see {samples} sequences, but the epochs of its sources make {total}: "
+                f"{_passed(config, uses)}. Use {fewer}more epochs."
             )
-    if faults:
-        raise ConfigError("\n       ".join(faults))
+        return
+    limits = [_limit(source.max_epochs, epoch) for source, epoch in zip(config.sources, rows, strict=True)]
+
+    def is_over(step: int) -> bool:
+        return any(map(gt, mixture.counts(step * batch), limits))
+
+    if not is_over(steps):
+        return
+    most = bisect_left(range(steps), True, key=is_over) - 1
+    fewer = (
+        f" at most {most} train.steps,"
+        if most > (config.stages[-1].from_step if config.stages else 0)
+        else ""
+    )
+    faults = [
+        f"data.mixture: {steps} steps would see source {source.name} {use.epochs:.2f} times ({use.samples} of "
+        f"its {epoch} sequences), but its max_epochs is {source.max_epochs:g}. Use a smaller weight,{fewer} or a "
+        f"larger max_epochs."
+        for source, use, epoch, limit in zip(config.sources, uses, rows, limits, strict=True)
+        if use.samples > limit
+    ]
+    raise ConfigError("\n       ".join(faults))
+
+
+def _limit(epochs: float, rows: int) -> float:
+    return round(epochs * rows, 6)  # 0.29 of 100 are 29
+
+
+def _passed(config: MixtureConfig, uses: Sequence[Use]) -> str:
+    """Which source would be seen how much too often."""
+    pairs = zip(config.sources, uses, strict=True)
+    source, use = max(pairs, key=lambda pair: pair[1].epochs / (pair[0].epochs or 1.0))
+    return f"source {source.name} would be seen {use.epochs:.2f} times, but its epochs is {source.epochs:g}"

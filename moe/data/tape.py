@@ -2,7 +2,7 @@
 
 from bisect import bisect_right
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, chain
 from operator import add
 from typing import Any
 
@@ -15,11 +15,12 @@ class Tape:
     """The ids of `arrays`, one after the other; nothing is copied."""
 
     def __init__(self, arrays: Sequence[Tokens]) -> None:
-        # A memmap's slices cost several times a plain array's.
-        self._arrays = [np.asarray(array) for array in arrays]
+        # A memmap's slices cost several times a plain array's. What an empty file would hold, nobody knows.
+        self._arrays = [np.asarray(array) for array in arrays if len(array)]
         # Buffers are cut and joined in a fraction of the time that arrays take.
         self._buffers = [array.data for array in self._arrays]
-        self._ends = list(accumulate(map(len, arrays)))
+        self._are_alike = len({array.dtype for array in self._arrays}) == 1
+        self._ends = list(accumulate(map(len, self._arrays)))
         self._begins = [0, *self._ends]
 
     def __len__(self) -> int:
@@ -43,6 +44,8 @@ class Tape:
         Raises `IndexError` beyond the ends.
         """
         parts: list[Any]  # buffers
+        if not self._are_alike:
+            return self._converted(starts, lengths)
         if len(self._buffers) == 1:
             buffer = self._buffers[0]
             parts = [buffer[start : start + length] for start, length in zip(starts, lengths, strict=True)]
@@ -66,3 +69,9 @@ class Tape:
             else:
                 parts += self.views(start, stop)
         return parts
+
+    def _converted(self, starts: Sequence[int], lengths: Sequence[int]) -> Tokens:
+        """The same where arrays are of several dtypes, of one that holds all their ids."""
+        none = np.empty(0, dtype=np.result_type(*self._arrays) if self._arrays else np.int32)
+        views = (self.views(start, start + length) for start, length in zip(starts, lengths, strict=True))
+        return np.concatenate([none, *chain.from_iterable(views)])

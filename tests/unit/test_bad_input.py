@@ -5,18 +5,19 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-from click.testing import CliRunner
+from click.testing import CliRunner, Result
 
 from data_prep import parts
 from data_prep.verbs import command
 from moe.data.manifest import CHECKSUM_NAME
-from moe.data.shards import MANIFEST_NAME, Index
+from moe.data.shards import MANIFEST_NAME, Index, TokenData
 from tests.unit.corpus import (
     PREPARED,
     TEXTS,
@@ -154,3 +155,45 @@ def test_any_flipped_byte_of_the_manifest_is_named(tmp_path: Path, staged: bool)
     refused(CliRunner().invoke(command, ["verify", str(data.folder)]), CHECKSUM_NAME)
     checksum.unlink()  # a folder made before there was one
     assert CliRunner().invoke(command, ["verify", str(data.folder)]).exit_code == 0
+
+
+def _look(data: TokenData, *arguments: str) -> Result:
+    verb, *options = arguments
+    return CliRunner().invoke(command, [verb, str(data.folder), *options])
+
+
+def test_looking_into_a_damaged_folder_says_what_is_damaged(tmp_path: Path) -> None:
+    """Of the right sizes, so that it is found only where it is used."""
+    data = prepared(tmp_path, [{"type": "jsonl", "paths": [str(write_jsonl(tmp_path / "a.jsonl"))]}])
+    tokenizer, index = data.tokenizer_folder / "tokenizer.json", data.folder / "train-00000.idx"
+    whole = tokenizer.read_bytes()
+    flip(tokenizer, 0)
+    refused(_look(data, "sample"), "tokenizer.json: the tokenizer cannot be read", "copy the folder again")
+    assert _look(data, "stats").exit_code == 0
+    tokenizer.write_bytes(whole)
+    whole = index.read_bytes()
+    for at, value in ((37, 0x7F), (37, 0xFF), (34, 0xFE)):  # bytes of the first document's length
+        changed = bytearray(whole)
+        changed[at] = value
+        index.write_bytes(changed)
+        for verb in ("sample", "stats"):
+            refused(_look(data, verb), "train-00000.idx: its documents have", "but the manifest says")
+    index.write_bytes(whole)
+    for name in (CHECKSUM_NAME, MANIFEST_NAME):
+        (data.folder / name).unlink()
+        (data.folder / name).mkdir()
+        refused(_look(data, "verify"), f"{name}: ", "cannot be read (Is a directory)")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no full device")
+def test_what_cannot_be_printed_is_an_error_and_a_reader_that_went_away_is_none(tmp_path: Path) -> None:
+    data = prepared(tmp_path, [{"type": "jsonl", "paths": [str(write_jsonl(tmp_path / "a.jsonl"))]}])
+    verb = [sys.executable, "-m", "data_prep.verbs", "sample", str(data.folder), "-n", "60"]
+    with Path("/dev/full").open("w") as full:
+        found = subprocess.run(verb, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (found.returncode, found.stderr[:42]) == (2, "error: standard output: No space left on d")
+    reads, writes = os.pipe()
+    os.close(reads)
+    found = subprocess.run(verb, stdout=writes, stderr=subprocess.PIPE, text=True, check=False)
+    os.close(writes)
+    assert (found.returncode, found.stderr) == (1, "")

@@ -18,6 +18,7 @@ from tests.unit.corpus import (
     PREPARED,
     TEXTS,
     all_texts,
+    contents,
     cut,
     flip,
     page,
@@ -254,6 +255,20 @@ def test_two_sources_that_read_the_same_file_are_refused(tmp_path: Path, setting
     path.write_text("".join(json.dumps({"text": text, "title": text[::-1]}) + "\n" for text in TEXTS))
     data = prepared(tmp_path, [sources[0], other_field], **settings)
     assert [source.read.documents for source in data.manifest.sources] == [60, 60]
+
+
+@pytest.mark.parametrize("gone", [None, PREPARED])
+def test_a_recipe_does_not_read_what_it_made(tmp_path: Path, gone: str | None) -> None:
+    (tmp_path / "a.jsonl").write_bytes(write_jsonl(tmp_path / "a.jsonl").read_bytes() + b"no row\n")
+    source = {"type": "jsonl", "paths": [f"{tmp_path}/**/*.jsonl"]}
+    settings = {"bad_rows": "quarantine", "executor": {"workers": 1}}
+    before = contents(prepared(tmp_path, [source], **settings).folder)
+    if gone:
+        shutil.rmtree(tmp_path / gone)
+    for options in ((), ("--overwrite",), ("--dry-run",)):
+        result = run(tmp_path, page(tmp_path, [source], **settings), *options)
+        refused(result, "quarantine.jsonl: sources.0 reads", "own output", "narrower")
+    assert gone or contents(tmp_path / PREPARED) == before
 
 
 def test_sources_of_which_nothing_stays_are_refused_with_the_reasons(tmp_path: Path) -> None:

@@ -73,6 +73,26 @@ def test_documents_come_back_across_shards(tmp_path: Path, kind: Kind, wide: boo
 
 
 @pytest.mark.parametrize("kind", ["megatron", "datatrove"])
+def test_shards_of_several_widths_and_empty_ones_are_read_as_one(tmp_path: Path, kind: Kind) -> None:
+    """An empty .ds file does not even say how wide its ids are; and a pad token added later may be beyond them."""
+    write, wide = (_megatron, "int32") if kind == "megatron" else (_datatrove, "uint32")
+    for name, documents, dtype in (
+        ("00000", [[]], wide),
+        ("00001", DOCUMENTS[:2], "uint16"),
+        ("00002", DOCUMENTS[2:3], wide),
+        ("00003", DOCUMENTS[3:], "uint16"),
+    ):
+        write(tmp_path, name, documents, dtype)
+    data = ForeignTokens.open(tmp_path, kind, 100_000, 70_000)
+    assert data.document_lengths("train").tolist() == [0, *map(len, DOCUMENTS)]
+    ids = [token for document in DOCUMENTS for token in document]
+    assert data.pieces("train", [2, 0], [9, 2]).tolist() == [*ids[2:11], *ids[:2]]
+    rows = open_rows(data, "train", 8, "best_fit", apart=True, seed=0)
+    found = sorted(token for at in range(len(rows)) for token in rows[at].ids_S.tolist())
+    assert found == ids + [70_000] * (8 * len(rows) - len(ids))
+
+
+@pytest.mark.parametrize("kind", ["megatron", "datatrove"])
 def test_parts_that_do_not_fit_each_other_are_refused(tmp_path: Path, kind: Kind) -> None:
     ids, bounds = {"megatron": ("bin", "idx"), "datatrove": ("ds", "ds.index")}[kind]
     for name, change, words in (

@@ -1,6 +1,7 @@
 """Whose turn it is: shares, stages, epochs, layouts, resumed runs, and what is refused."""
 
 import itertools
+import re
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -8,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from moe.config import DataConfig, RunConfig
@@ -71,6 +72,11 @@ def _config(folders: dict[str, TokenData], weights: Sequence[dict[str, Any]], **
 
 def _open(config: DataConfig, folders: dict[str, TokenData], steps: int = 10) -> Sources:
     return open_sources(config, folders["a"], global_batch_size=8, steps=steps, seed=3)
+
+
+def _open_steps(config: DataConfig, folders: dict[str, TokenData], steps: int) -> Sources:
+    """Of one sequence each."""
+    return open_sources(config, folders["a"], global_batch_size=1, steps=steps, seed=3)
 
 
 def _seen(
@@ -152,10 +158,20 @@ def test_epochs_are_shares_of_a_run_as_long_as_they_last(folders: dict[str, Toke
     steps = (2 * rows[0] + 6 * rows[1]) // 8
     uses = _open(config, folders, steps=steps).uses
     assert [use.epochs for use in uses] == pytest.approx([2.0, 6.0], abs=0.5)
-    with pytest.raises(
-        ConfigError, match=r"would see source b .* but its epochs is 6\. Use a smaller weight"
-    ):
-        _open(config, folders, steps=2 * steps)
+    for more in (1, steps):
+        with pytest.raises(
+            ConfigError, match=rf"epochs of its sources make 110: .* Use at most {steps} train\.steps, or"
+        ):
+            _open(config, folders, steps=steps + more)
+
+
+def test_a_source_alone_is_seen_as_often_as_it_asks_and_not_a_sequence_more(
+    folders: dict[str, TokenData],
+) -> None:
+    config = _config({"a": folders["a"]}, [{"epochs": 1.16}])  # 29 of its 25 sequences
+    _open_steps(config, folders, 29)
+    with pytest.raises(ConfigError, match=r"30 steps see 30 sequences, .* Use at most 29 train\.steps"):
+        _open_steps(config, folders, 30)
 
 
 def test_a_source_is_not_used_more_often_than_it_may_be(folders: dict[str, TokenData]) -> None:
@@ -165,6 +181,35 @@ def test_a_source_is_not_used_more_often_than_it_may_be(folders: dict[str, Token
         ConfigError, match=r"11 steps would see source b 4\.40 times \(44 of its 10 sequences\)"
     ):
         _open(config, folders, steps=11)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    limits=st.tuples(st.floats(0.3, 4.0), st.floats(0.3, 4.0)),
+    begins=st.lists(st.integers(1, 39), max_size=2, unique=True),
+    weights=st.lists(st.tuples(st.floats(0.01, 1.0), st.floats(0.01, 1.0)), min_size=3, max_size=3),
+)
+def test_as_many_steps_as_the_refusal_allows_are_allowed_and_no_more(
+    folders: dict[str, TokenData],
+    limits: tuple[float, float],
+    begins: list[int],
+    weights: list[tuple[float, float]],
+) -> None:
+    """Shares that change in the course of a run are not used up in proportion to its length."""
+    page = _config(folders, [{"max_epochs": limit} for limit in limits]).model_dump()
+    page["mixture"]["stages"] = [
+        {"from_step": step, "weights": dict(zip("ab", here, strict=True))}
+        for step, here in zip([0, *sorted(begins)], weights, strict=False)
+    ]
+    config = DataConfig.model_validate(page)
+    try:
+        _open(config, folders, steps=60)
+    except ConfigError as error:
+        for most in {int(found) for found in re.findall(r"at most (\d+) train\.steps", str(error))}:
+            assert most > max([0, *begins])  # or a stage would have no effect
+            _open(config, folders, steps=most)
+            with pytest.raises(ConfigError, match="would see source"):
+                _open(config, folders, steps=most + 1)
 
 
 def test_stages_change_the_shares_at_their_steps(folders: dict[str, TokenData]) -> None:
@@ -229,6 +274,7 @@ def test_sources_whose_shares_are_not_defined_are_refused(
             [{"from_step": 0, "weights": {"a": 1.0}}, {"from_step": 10**6, "weights": {"b": 1.0}}],
             "so it has no effect",
         ),
+        ([{"from_step": 0, "weights": {"a": 1.0, "b": 0.0}}], "source b has no weight in any of them"),
     ],
 )
 def test_stages_that_contradict_themselves_are_refused(

@@ -59,7 +59,10 @@ NOT_AN_OVERRIDE = {
     "no equals sign": ("train.steps", "override 'train.steps': write key=value with the full path"),
     "no key": ("=10", "override '=10': write key=value with the full path"),
     "a hole in the path": ("train..steps=10", "override 'train..steps=10': write key=value"),
-    "a path through a value": ("name.x=1", "override 'name.x=1': name is 'tiny' in the recipe, not a block"),
+    "a path through a value": (
+        "name.x=1",
+        "override 'name.x=1': name is 'tiny' in the recipe, not a block. Write all of it: name=VALUE",
+    ),
     "a broken value": ("name=[1", "override 'name=[1', line 1: this is not YAML"),
 }
 

@@ -315,6 +315,17 @@ def test_another_recipe_over_the_same_stages_is_refused(
     assert result.exit_code == 0
 
 
+def test_a_block_that_was_removed_is_another_recipe_too(tmp_path: Path) -> None:
+    sources = [{"type": "jsonl", "paths": [str(write_jsonl(tmp_path / "a.jsonl"))]}]
+    blocks = {**STAGED, "bad_rows": "quarantine", "validation": {"fraction": 0.2}}
+    made = contents(prepared(tmp_path, sources, **blocks).folder)
+    for block in ("clean", "duplicates", "bad_rows"):
+        fewer = page(tmp_path, sources, **{key: value for key, value in blocks.items() if key != block})
+        refused(run(tmp_path, fewer), f"({block} changed)", "another output, or --overwrite")
+    refused(run(tmp_path, page(tmp_path, sources)), "clean, duplicates, bad_rows, part_megabytes changed")
+    assert contents(tmp_path / PREPARED) == made
+
+
 def test_a_stage_does_not_begin_on_a_partial_one(tmp_path: Path) -> None:
     recipe = page(tmp_path, _pages(tmp_path / "in"), **STAGED)
     refused(
