@@ -1,6 +1,8 @@
 """A launched run and a fault -> what the fault cost: seconds to the first new step, steps lost; the same weights."""
 
 import json
+import signal
+import sys
 import tempfile
 import threading
 import time
@@ -173,6 +175,11 @@ def undisturbed(place: Place, steps: int, *overrides: str) -> str:
 def a_place(data: str = yaml.safe_dump(DATA), recipe: str = yaml.safe_dump(RECIPE)) -> Iterator[Place]:
     """A testbed of three nodes for as long as it is used, and a folder with such data and recipe."""
     testbed.check(slurm=True)
+    for number in (
+        signal.SIGINT,
+        signal.SIGTERM,
+    ):  # nothing of it is left, also by a kill or in the background
+        signal.signal(number, lambda *_: sys.exit(1))
     with tempfile.TemporaryDirectory(prefix="turnout-") as home:
         machines = Machines.up(Path(home) / "testbed", 3)
         try:
