@@ -13,11 +13,12 @@ help:  ## This list
 
 venv: .venv/ready  ## The virtual environment with the locked packages
 
-# What is imported is compiled then; compiling all of it takes a minute and more.
+# pip compiles on one core; where no process writes bytecode (PYTHONDONTWRITEBYTECODE), each would compile all it imports.
 .venv/ready: requirements.lock pyproject.toml
 	@.ci/make-venv $(PYTHON) .venv
 	@echo "installing the packages of requirements.lock into .venv: a minute or two"
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -r requirements.lock
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
 	@touch $@
 
