@@ -18,7 +18,7 @@ venv: .venv/ready  ## The virtual environment with the locked packages
 	@.ci/make-venv $(PYTHON) .venv
 	@echo "installing the packages of requirements.lock into .venv: a minute or two"
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-compile -r requirements.lock
-	@$(BIN)/python -m compileall -qq -j 0 .venv/lib || true
+	@$(BIN)/python -m compileall -qq -j 0 .venv/lib moe launch data_prep || true
 	$(BIN)/python -m pip install --disable-pip-version-check -q --no-deps -e .
 	@touch $@
 
