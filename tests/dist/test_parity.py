@@ -13,8 +13,7 @@ from tests.dist.layouts import OPTIMIZER, batches, ranks_of, start, tiny, train
 from tests.dist.parity import Curve, Layout, curves, deviation, everything, matrix, quick
 from tests.harness import run_ranks
 
-SLOW = [layout for layout in matrix() if layout not in quick()][::3]
-"""A third of the rest; `make parity` has all."""
+REST = [layout for layout in matrix() if layout not in quick()]
 
 
 def _trained(layouts: list[Layout], folder: Path) -> dict[Layout, Curve]:
@@ -28,7 +27,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Curve]:
 
 @pytest.fixture(scope="module")
 def slowly_trained(tmp_path_factory: pytest.TempPathFactory) -> dict[Layout, Curve]:
-    return _trained(SLOW, tmp_path_factory.mktemp("parity"))
+    return _trained(REST, tmp_path_factory.mktemp("parity"))
 
 
 @pytest.mark.timeout(900)
@@ -38,8 +37,9 @@ def test_layout_equals_one_process(layout: Layout, trained: dict[Layout, Curve])
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
-@pytest.mark.parametrize("layout", SLOW, ids=str)
+@pytest.mark.nightly
+@pytest.mark.timeout(3000)
+@pytest.mark.parametrize("layout", REST, ids=str)
 def test_so_does_the_rest_of_the_matrix(layout: Layout, slowly_trained: dict[Layout, Curve]) -> None:
     _check(layout, slowly_trained)
 
