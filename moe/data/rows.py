@@ -169,16 +169,18 @@ class PackedRows:
             labels_N[end - 1] = IGNORED
         if cut:
             labels_N[cut] = after
-        ids_BS = ids_N.astype(np.int64, copy=False).reshape(-1, size)
+        ids_BS = ids_N.astype(np.int64).reshape(-1, size)
         labels_BS = labels_N.reshape(-1, size)
         if padded:
             for filled, labels_S in zip(filled_B, labels_BS, strict=True):
                 labels_S[filled - 1 if filled < size else size :] = IGNORED
         return Block(ids_BS, labels_BS, filled_B, lengths_B if self._apart else [None] * len(lengths_B))
 
-    def _padded(self, ids_N: Tokens, filled_B: Sequence[int]) -> npt.NDArray[np.int64]:
+    def _padded(self, ids_N: Tokens, filled_B: Sequence[int]) -> Tokens:
         """Rows of all positions from those that are filled. Shards of others may be too narrow for the pad token."""
-        ids_BS = np.full((len(filled_B), self._length), self._data.pad_id, dtype=np.int64)
+        pad_id = self._data.pad_id
+        dtype = np.promote_types(ids_N.dtype, np.min_scalar_type(pad_id))
+        ids_BS = np.full((len(filled_B), self._length), pad_id, dtype=dtype)
         at = 0
         for filled, ids_S in zip(filled_B, ids_BS, strict=True):
             ids_S[:filled] = ids_N[at : at + filled]
