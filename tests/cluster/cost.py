@@ -142,7 +142,17 @@ def to_the_end(place: Place, run: str) -> None:
     """Wait for the run's own end. Raises AssertionError if there is none, or a process is left ten seconds later."""
     wait(lambda: (place.folder / run / "done").exists() or is_given_up(place, run), f"{run} to end", 500)
     assert not is_given_up(place, run), f"{run} was given up"
-    wait(lambda: place.job_state(run) == "COMPLETED", "the job to complete", 60)
+    try:
+        wait(lambda: place.job_state(run) == "COMPLETED", "the job to complete", 60)
+    except AssertionError as error:
+        asked = (
+            ("scontrol", "-o", "show", "job", place.job(run)),
+            ("squeue", "--long"),
+            ("sinfo", "-N", "--long"),
+        )
+        said = [place.slurm(*words) for words in asked]
+        alive = [f"{process.pid} {' '.join(process.cmdline())}" for process in place.survivors(run)]
+        raise AssertionError("\n".join([str(error), *said, *alive])) from None
     wait(lambda: place.survivors(run) == [], "every process of the run to end", _LEFT_SECONDS)
 
 
