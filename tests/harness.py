@@ -1,6 +1,7 @@
 """Run one function on N real processes (gloo, CPU) and fail like a normal test."""
 
 import datetime
+import faulthandler
 import time
 import traceback
 from collections.abc import Callable
@@ -11,6 +12,9 @@ import torch
 import torch._dynamo  # what ZeRO-3 and recomputing ask for in every rank, a second or two
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+_STACK_SECONDS = 2.0
+"""Before a test of ranks is given up."""
 
 
 def run_ranks(
@@ -54,6 +58,7 @@ def _one_rank(
     rank: int, world_size: int, store: Path, timeout_s: float, errors: Any, fn: Callable[..., None], args: Any
 ) -> None:
     torch.set_num_threads(1)
+    faulthandler.dump_traceback_later(timeout_s - _STACK_SECONDS)  # where it hangs
     try:
         dist.init_process_group(
             "gloo",
