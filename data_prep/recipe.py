@@ -251,3 +251,9 @@ class DataRecipe(Section):
     def folder(self) -> Path:
         """Where the data goes."""
         return Path(self.output or f"data/{self.name}")
+
+    @property
+    def stages_folder(self) -> Path:
+        """Beside it: what stages leave for one another."""
+        place = self.folder.resolve()
+        return place.parent / f"{place.name}.stages"

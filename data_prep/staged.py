@@ -64,8 +64,7 @@ def _prepare(recipe: DataRecipe, asked: Asked) -> TokenData | None:
     if not (asked.overwrite or asked.stage) and up_to_date(recipe, digests, ready):
         log.get().info("%s is up to date: nothing to do", recipe.folder)
         return TokenData.open(recipe.folder, verify=False)
-    place = recipe.folder.resolve()
-    work = place.with_name(f"{place.name}.stages")
+    work = recipe.stages_folder
     with ExitStack() as stack:
         if not asked.dry_run:
             work.parent.mkdir(parents=True, exist_ok=True)

@@ -57,7 +57,7 @@ def open_sources(recipe: DataRecipe) -> list[Source]:
     """All of a recipe. Raises `DataError` for a file that two of them would read in the same way, or that it made."""
     sources = [open_source(config, tolerant=recipe.bad_rows == "quarantine") for config in recipe.sources]
     place = recipe.folder.resolve()
-    made = (place, place.parent / f"{place.name}.stages") if place.name else ()  # the root is refused as such
+    made = (place, recipe.stages_folder) if place.name else ()  # the root is refused as such
     readers: dict[tuple[str, Path], int] = {}
     for number, (config, source) in enumerate(zip(recipe.sources, sources, strict=True)):
         way = repr(config.model_dump(exclude={"paths"}))
