@@ -13,12 +13,13 @@ import torch._dynamo  # what ZeRO-3 and recomputing ask for in every rank, a sec
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-_STACK_SECONDS = 2.0
-"""Before a test of ranks is given up."""
+_UNTIL_STACKS, _IN_COLLECTIVE = 0.7, 0.8
+"""Of the time that ranks are given: after so much each shows where it stands, and for so long it waits for others. The
+first to give up a collective says which one it was, and by then a rank that is stuck elsewhere has shown its stack."""
 
 
 def run_ranks(
-    fn: Callable[..., None], world_size: int, tmp_path: Path, *args: object, timeout_s: float = 120
+    fn: Callable[..., None], world_size: int, tmp_path: Path, *args: object, timeout_s: float = 240
 ) -> None:
     """Call `fn(rank, *args)` on `world_size` forked ranks in one gloo group; raise the first failing traceback.
 
@@ -39,8 +40,8 @@ def run_ranks(
     deadline = time.monotonic() + timeout_s
     try:
         while any(process.is_alive() for process in ranks):
-            if any(process.exitcode not in (None, 0) for process in ranks):
-                break
+            if any(process.exitcode not in (None, 0) for process in ranks) or not errors.empty():
+                break  # a rank that has failed may hang in its end
             assert time.monotonic() < deadline, f"{fn.__name__} hung: {world_size} ranks, {timeout_s:.0f} s"
             time.sleep(0.02)
         if not errors.empty():
@@ -58,14 +59,14 @@ def _one_rank(
     rank: int, world_size: int, store: Path, timeout_s: float, errors: Any, fn: Callable[..., None], args: Any
 ) -> None:
     torch.set_num_threads(1)
-    faulthandler.dump_traceback_later(timeout_s - _STACK_SECONDS)  # where it hangs
+    faulthandler.dump_traceback_later(_UNTIL_STACKS * timeout_s)
     try:
         dist.init_process_group(
             "gloo",
             store=dist.FileStore(str(store), world_size),
             rank=rank,
             world_size=world_size,
-            timeout=datetime.timedelta(seconds=timeout_s),
+            timeout=datetime.timedelta(seconds=_IN_COLLECTIVE * timeout_s),
         )
         fn(rank, *args)
         dist.barrier()
