@@ -18,14 +18,16 @@ if "deaf" not in sys.argv:
     time.sleep(0.5)  # as an import of torch: a signal before the handler would be the end
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 Path(sys.argv[1]).write_text("up")
-time.sleep(60)
+time.sleep(600)
 """
 
 LAUNCHER = """
 import subprocess, sys, time
-ranks = [subprocess.Popen([sys.executable, "-u", {rank!r}, f"{up}{{n}}", *sys.argv[1:]]) for n in range(2)]
+from pathlib import Path
+ranks = [subprocess.Popen([sys.executable, "-u", {rank!r}, {up!r} + str(n), *sys.argv[1:]]) for n in range(2)]
 if "fail" in sys.argv:
-    time.sleep(1)
+    while not Path({up!r} + "all").exists():
+        time.sleep(0.05)
     sys.exit(3)
 codes = [rank.wait() for rank in ranks]
 sys.exit(max(codes) if codes[0] == codes[1] else 1)
@@ -58,7 +60,7 @@ def start(tmp_path: Path) -> Start:
     return begin
 
 
-def _wait(true: Callable[[], bool], seconds: float = 20) -> None:
+def _wait(true: Callable[[], bool], seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not true():
         assert time.monotonic() < end
@@ -73,14 +75,14 @@ def test_a_signal_reaches_every_rank_even_before_it_has_a_handler(start: Start, 
     ours = start()
     _wait(lambda: len(_ranks_of(ours)) == 3)
     ours.send_signal(signal.SIGTERM)
-    assert ours.communicate(timeout=30)[0] == "told\ncode 75 stops 1\n"
+    assert ours.communicate(timeout=120)[0] == "told\ncode 75 stops 1\n"
 
 
 def test_ctrl_c_is_a_request_to_stop_too(start: Start, tmp_path: Path) -> None:
     ours = start()
     _wait(lambda: (tmp_path / "up0").exists() and (tmp_path / "up1").exists())
     ours.send_signal(signal.SIGINT)
-    assert ours.communicate(timeout=30)[0] == "told\ncode 75 stops 1\n"
+    assert ours.communicate(timeout=120)[0] == "told\ncode 75 stops 1\n"
 
 
 def test_a_second_signal_ends_ranks_that_do_not_listen(start: Start, tmp_path: Path) -> None:
@@ -91,7 +93,7 @@ def test_a_second_signal_ends_ranks_that_do_not_listen(start: Start, tmp_path: P
     assert ours.stdout is not None
     assert ours.stdout.readline() == "told\n"
     ours.send_signal(signal.SIGTERM)
-    assert ours.communicate(timeout=30)[0] == "code -9 stops 2\n"
+    assert ours.communicate(timeout=120)[0] == "code -9 stops 2\n"
     assert not [process for process in family if _alive(process)]
 
 
@@ -99,7 +101,8 @@ def test_ranks_do_not_outlive_a_launcher_that_fails(start: Start, tmp_path: Path
     ours = start("fail")
     _wait(lambda: len(_ranks_of(ours)) == 3)
     family = _ranks_of(ours)
-    assert ours.communicate(timeout=30)[0] == "code 3 stops 0\n"
+    (tmp_path / "upall").touch()
+    assert ours.communicate(timeout=120)[0] == "code 3 stops 0\n"
     assert not [process for process in family if _alive(process)]
 
 
