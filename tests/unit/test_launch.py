@@ -111,17 +111,26 @@ def test_a_rank_that_a_debugger_holds_in_its_boot_has_the_time_of_a_boot() -> No
     assert judge([_node(0, rank)], {}, LIMITS) is None
 
 
+class _Clock(Awake):
+    """That goes on when it is told to."""
+
+    def seconds(self) -> float:
+        return self.passed
+
+
 def test_a_halted_process_counts_until_it_goes_on(tmp_path: Path) -> None:
-    process = subprocess.Popen(["sleep", "100"])
+    process, clock = subprocess.Popen(["sleep", "1000"]), _Clock(passed=3.0)
     try:
-        rank = Rank(0, process, tmp_path / "beat", tmp_path / "stacks", Awake(), 0.0)
+        rank = Rank(0, process, tmp_path / "beat", tmp_path / "stacks", clock, 0.0)
+        rank.look()
         process.send_signal(signal.SIGSTOP)
         os.waitpid(process.pid, os.WUNTRACED)
+        clock.passed = 5.0
         rank.look()
-        time.sleep(0.2)
+        clock.passed = 5.2
         report = rank.report()
         assert report.stopped
-        assert 0.1 < report.halted_seconds < 1.9
+        assert report.halted_seconds == 0.2
         process.send_signal(signal.SIGCONT)
         os.waitpid(process.pid, os.WCONTINUED)
         rank.look()
@@ -340,7 +349,7 @@ def test_beats_tell_the_step_and_count_on(tmp_path: Path) -> None:
 def test_a_process_shows_its_stacks_when_asked(tmp_path: Path) -> None:
     program = (
         "from moe import attempt; import time; attempt.show_stacks_on_request(); print(1, flush=True); "
-        "time.sleep(60)"
+        "time.sleep(600)"
     )
     path = tmp_path / "stacks"
     env = {**os.environ, attempts.STACKS: str(path)}
@@ -349,7 +358,7 @@ def test_a_process_shows_its_stacks_when_asked(tmp_path: Path) -> None:
         assert process.stdout is not None
         process.stdout.readline()
         process.send_signal(signal.SIGUSR2)
-        end = time.monotonic() + 20
+        end = time.monotonic() + 120
         while "most recent call first" not in path.read_text():
             assert time.monotonic() < end
             time.sleep(0.02)
@@ -423,16 +432,20 @@ def test_the_next_attempt_waits_for_the_lock_of_the_last(
 ) -> None:
     program = (
         "import sys, time, pathlib\nfrom moe.checkpoint.lock import held\n"
-        "with held(pathlib.Path(sys.argv[1])):\n    print(1, flush=True)\n    time.sleep(1)"
+        "with held(pathlib.Path(sys.argv[1])):\n    print(1, flush=True)\n    sys.stdin.readline()\n    time.sleep(1)"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, str(tmp_path)], stdout=subprocess.PIPE)
+    command = [sys.executable, "-c", program, str(tmp_path)]
+    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
+    assert process.stdin is not None
     process.stdout.readline()
     with pytest.raises(CheckpointError, match="is in use"), held(tmp_path):
         pass
     monkeypatch.setenv(attempts.OWNER, "2 abc")
     (tmp_path / "launch").mkdir()
     write_text(tmp_path / "launch/owner", "2 abc\n")
+    process.stdin.write("let go in a second\n")
+    process.stdin.flush()
     with held(tmp_path):
         pass
     process.communicate()

@@ -1,5 +1,6 @@
 """Back into the queue: what Slurm is asked and when, what a person is told, and layouts for other numbers of ranks."""
 
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -93,20 +94,21 @@ def test_nodes_that_are_drained_are_told_from_others(fake: FakeSlurm) -> None:
 
 
 def test_a_drain_is_noticed_beside_the_training_and_an_error_is_no_news() -> None:
+    drained, asked_again = threading.Event(), threading.Event()
     answers = iter([frozenset(), frozenset({"b"})])
 
     def ask() -> frozenset[str]:
-        try:
-            return next(answers)
-        except StopIteration:
-            raise LaunchError("no answer") from None
+        for answer in answers:
+            if answer:
+                assert drained.wait(60)
+            return answer
+        asked_again.set()
+        raise LaunchError("no answer")
 
     with DrainWatch.watching(ask, seconds=0.01) as drain:
         assert drain.wants() is None
-        end = time.monotonic() + 20
-        while drain.wants() is None:
-            assert time.monotonic() < end
-            time.sleep(0.01)
+        drained.set()
+        assert asked_again.wait(60)
         time.sleep(0.05)
         assert drain.wants() == "drain of b"
 
