@@ -2,6 +2,7 @@
 
 import json
 import logging
+import statistics
 import time
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -182,18 +183,19 @@ class Slow:
 def test_steps_wait_for_a_slow_source_and_not_for_one_that_is_read_ahead(
     reading: float, working: float, low: float, high: float, tiny_page: Page, tmp_path: Path
 ) -> None:
-    page = tiny_page | {"run_dir": str(tmp_path), "logging": {"peak_tflops": 1.0, "every_steps": 8}}
+    """In the middle of nine steps: a machine that stands still holds up some of them."""
+    page = tiny_page | {"run_dir": str(tmp_path), "logging": {"peak_tflops": 1.0}}
     run = RunConfig.model_validate(page)
     with closing(loader._prefetched(Slow(reading), 0)) as elements:  # type: ignore[type-var]  # a generator
         next(elements)
         meter = Meter(run, Ranks(), Tracker(run, 0, None, None))
-        for step in range(1, 9):
+        for step in range(1, 10):
             with meter.waiting():
                 next(elements)
             time.sleep(working)
             meter.step(_result(), step=step, tokens=256 * step)
-    (line,) = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert low <= json.loads(line)["data_wait"] <= high
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert low <= statistics.median(json.loads(line)["data_wait"] for line in lines) <= high
 
 
 def test_nothing_is_read_until_a_record_is_due(tiny_page: Page, tmp_path: Path) -> None:

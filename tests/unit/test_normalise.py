@@ -1,6 +1,7 @@
 """Normalising is ftfy's, to the character, and takes next to no time where there is nothing to mend."""
 
 import time
+from collections.abc import Callable
 
 import ftfy
 import pytest
@@ -71,9 +72,15 @@ def test_every_character_alone_and_between_letters_is_normalised_as_ftfy_does() 
 def test_plain_lines_cost_next_to_nothing() -> None:
     normalise, text = Normaliser(ftfy), "A line of plain text, such as most lines of English are.\n" * 2000
     assert normalise(text) is text
-    seconds = []
-    for mend, here in ((ftfy.fix_text, text), (normalise, text + "Naïve.\n")):
-        began = time.process_time()
-        assert mend(here) == here
-        seconds.append(time.process_time() - began)
-    assert seconds[1] < seconds[0] / 5
+    usual, ours = (
+        min(_seconds(mend, here) for _ in range(3))
+        for mend, here in ((ftfy.fix_text, text), (normalise, text + "Naïve.\n"))
+    )
+    assert ours < usual / 5
+
+
+def _seconds(mend: Callable[[str], str], text: str) -> float:
+    """Of processor time."""
+    began = time.process_time()
+    assert mend(text) == text
+    return time.process_time() - began
