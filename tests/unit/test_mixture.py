@@ -183,7 +183,7 @@ def test_a_source_is_not_used_more_often_than_it_may_be(folders: dict[str, Token
         _open(config, folders, steps=11)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
 @given(
     limits=st.tuples(st.floats(0.3, 4.0), st.floats(0.3, 4.0)),
     begins=st.lists(st.integers(1, 39), max_size=2, unique=True),
