@@ -97,7 +97,8 @@ def test_one_folder_has_one_writer_and_orphans_end_by_themselves(place: Place) -
         time.sleep(0.05)
     assert "runs/mine is in use: process" in _refused(place, "runs/mine", "train.steps=100000")
     process.send_signal(signal.SIGKILL)  # nothing in our command can run any more
-    process.communicate(timeout=60)
+    process.communicate(timeout=120)
+    deadline = time.monotonic() + 120
     while place.survivors():
         assert time.monotonic() < deadline, "ranks outlived the command"
         time.sleep(0.2)

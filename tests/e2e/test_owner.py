@@ -49,7 +49,7 @@ def test_an_attempt_that_was_replaced_while_it_was_away_changes_no_byte(tmp_path
             assert rank.poll() is None, rank.communicate()[1]
             assert time.monotonic() < end
             time.sleep(0.05)
-        rank.send_signal(signal.SIGSTOP)
+        _halt(rank, run)
         (run / "launch/owner").write_text("2 def\n")
         before = _content(run)
         rank.send_signal(signal.SIGCONT)
@@ -59,6 +59,17 @@ def test_an_attempt_that_was_replaced_while_it_was_away_changes_no_byte(tmp_path
     assert rank.returncode == 2
     assert "belongs to attempt 2 by now, this is attempt 1" in said
     assert _content(run) == before
+
+
+def _halt(rank: "subprocess.Popen[str]", run: Path) -> None:
+    """While it is not in the middle of a save, which it was allowed to begin."""
+    while True:
+        rank.send_signal(signal.SIGSTOP)
+        os.waitpid(rank.pid, os.WUNTRACED)  # until all of its threads stand
+        if not list((run / "checkpoints").glob(".torn-*")):
+            return
+        rank.send_signal(signal.SIGCONT)
+        time.sleep(0.02)
 
 
 def _content(folder: Path) -> dict[str, bytes]:

@@ -50,7 +50,7 @@ def _study(folder: Path) -> "subprocess.Popen[str]":
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(400)
+@pytest.mark.timeout(900)
 def test_a_study_goes_on_where_it_was_stopped_and_makes_no_run_twice(tmp_path: Path) -> None:
     folder = _place(tmp_path)
     runs = folder / "runs" / "tiny"
@@ -61,7 +61,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_makes_no_run_twice(tmp_path: P
         assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=120)
     assert process.returncode == 128 + signal.SIGTERM, errors
     assert not [child for child in psutil.process_iter() if _works_in(child, folder)]
     first = (runs / MADE[0] / "done").stat()
@@ -86,7 +86,7 @@ def test_a_study_goes_on_where_it_was_stopped_and_makes_no_run_twice(tmp_path: P
 
     words = {path: path.read_text() for path in (runs / "logs").glob("*seed1.log")}
     process = _study(folder)
-    again, errors = process.communicate(timeout=100)
+    again, errors = process.communicate(timeout=200)
     assert (process.returncode, again) == (0, said), errors
     assert words == {path: path.read_text() for path in (runs / "logs").glob("*seed1.log")}
 

@@ -33,7 +33,7 @@ def _on_a_terminal(command: list[str], place: Place) -> tuple[int, str]:  # noqa
     )
     os.close(theirs)
     code = process.wait(timeout=120)
-    reader.join(timeout=10)
+    reader.join(timeout=60)
     os.close(ours)
     return code, shown.decode(errors="replace")
 
