@@ -24,6 +24,7 @@ from launch import heir, surroundings
 from launch.awake import Awake
 from launch.container import without_the_hosts
 from launch.folder import LaunchFolder, NodeReport, Plan, read, write
+from launch.port import free_port
 from launch.rank import Rank
 from moe.attempt import BEAT, OWNER, STACKS
 from moe.errors import EXIT_STOPPED, LaunchError, clean_exit
@@ -115,10 +116,7 @@ class Agent:
         """Where the ranks meet. The first node's agent finds a free port there; the others wait for its word."""
         path = self.folder.attempt_folder(self.number) / "meeting.json"
         if self.node == 0:
-            with socket.socket() as probe:
-                probe.bind(("", 0))
-                port = probe.getsockname()[1]
-            write(path, {"address": self.host, "port": port})
+            write(path, {"address": self.host, "port": free_port()})
         end = time.monotonic() + _MEETING_SECONDS
         while (page := read(path)) is None:
             if time.monotonic() > end or self._orders() == "end":

@@ -4,7 +4,6 @@ import base64
 import json
 import os
 import signal
-import socket
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,6 +11,7 @@ from pathlib import Path
 import click
 
 from launch import options, ranks
+from launch.port import free_port
 from moe import log, recipe
 from moe.config import RunConfig
 from moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, LaunchError, clean_exit
@@ -78,7 +78,7 @@ def _launcher(devices: Sequence[str | int], arguments: Sequence[str]) -> list[st
         *(sys.executable, "-m", "deepspeed.launcher.launch", f"--world_info={world}"),
         *(
             "--master_addr=127.0.0.1",
-            f"--master_port={_free_port()}",
+            f"--master_port={free_port('127.0.0.1')}",
             "--no_local_rank",
             "--log_level=critical",
         ),
@@ -122,13 +122,6 @@ def _gpus() -> list[str | int]:
 
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def _done(run: RunConfig) -> tuple[int, int] | None:

@@ -14,7 +14,6 @@ import multiprocessing
 import os
 import random
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -32,6 +31,7 @@ import yaml
 import moe.checkpoint.resume
 import moe.checkpoint.save
 import moe.engine.engine  # noqa: F401  loaded before ranks are forked
+from launch.port import free_port
 from moe import train
 from moe.checkpoint import folder as folders
 from moe.checkpoint import tensors
@@ -98,7 +98,7 @@ def chaos(folder: Path, kills: int, seed: int, say: Say, *, asynchronous: bool =
         run = folder / f"run-{tally.runs + 1}"
         while not (run / "done").is_file():
             tally.lives += 1
-            _life(recipe, run, draw, seconds, tally, say, disturb=tally.kills < kills)
+            _life(recipe, run, draw, seconds, tally, say, kills)
             _verify(run)
         found = _state(run)
         assert found == state, f"{run}: {[key for key in state if found.get(key) != state[key]][:3]} differ"
@@ -122,11 +122,13 @@ def _place(folder: Path, asynchronous: bool) -> Path:
 
 
 def _life(
-    recipe: Path, run: Path, draw: random.Random, seconds: float, tally: Tally, say: Say, *, disturb: bool
+    recipe: Path, run: Path, draw: random.Random, seconds: float, tally: Tally, say: Say, kills: int
 ) -> None:
     """One start, ended by a kill, or by itself if it must or was faster."""
-    newest, born = _newest(run), time.time()
+    newest, born, disturb = _newest(run), time.time(), tally.kills < kills
     kind = draw.choices(("early", "any", "save"), (2, 3, 5))[0]
+    if not tally.within_saves and tally.kills + 1 == kills:
+        kind = "save"  # one at least, however the draws and the machine's speed fall out
     victim, progress, share = draw.randrange(RANKS), draw.randrange(1, 6), draw.random()
     trap = Trap(progress, share) if disturb and kind == "save" else None
     ranks = _start(recipe, run, {victim: trap} if trap else {})
@@ -170,9 +172,7 @@ class Trap:
 
 
 def _start(recipe: Path, run: Path, traps: Mapping[int, Trap]) -> list[BaseProcess]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port("127.0.0.1")
     context = multiprocessing.get_context("fork")
     ranks: list[BaseProcess] = [
         context.Process(target=_rank, args=(rank, port, recipe, run, (traps or {}).get(rank)), daemon=True)

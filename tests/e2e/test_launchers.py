@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -17,6 +16,8 @@ from typing import Any
 import psutil
 import pytest
 import yaml
+
+from launch.port import free_port
 
 BIN = Path(sys.executable).parent
 STEPS = 6
@@ -158,7 +159,7 @@ LAUNCHERS: dict[str, Callable[[int], list[str | Path]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHERS)
 def test_every_launcher_gives_the_same_bits(launcher: str, place: Place, expected: list[float]) -> None:
-    assert place.losses(LAUNCHERS[launcher](_free_port()), f"runs/{launcher}") == expected
+    assert place.losses(LAUNCHERS[launcher](free_port("127.0.0.1")), f"runs/{launcher}") == expected
 
 
 def test_stopped_by_sigterm_it_saves_and_the_same_command_goes_on(place: Place) -> None:
@@ -229,10 +230,3 @@ def _alive_in(process: psutil.Process, folder: Path) -> bool:
         return process.status() != psutil.STATUS_ZOMBIE and process.cwd() == str(folder)
     except psutil.Error:
         return False
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

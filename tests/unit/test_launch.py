@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
-from launch import allocation, diagnosis, hosts, machine, slurm, start
+from launch import allocation, diagnosis, hosts, machine, port, slurm, start
 from launch.allocation import Node
 from launch.awake import Awake
 from launch.diagnosis import ALL, Finding, Wanted, diagnose
@@ -335,6 +336,21 @@ def test_an_attempt_that_was_replaced_may_not_write(tmp_path: Path, monkeypatch:
     write_text(tmp_path / "launch/owner", "2 def\n")
     with pytest.raises(CheckpointError, match="belongs to attempt 2 by now, this is attempt 1"):
         attempts.check_owner(tmp_path)
+
+
+def test_ranks_meet_at_a_port_that_is_free_and_that_no_connection_is_given(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    draws = [port.free_port("127.0.0.1") for _ in range(20)]
+    assert len(set(draws)) > 10
+    given = Path("/proc/sys/net/ipv4/ip_local_port_range")
+    first = int(given.read_text().split()[0]) if given.exists() else 32768
+    assert first < 32768 or max(draws) < first
+    with socket.socket() as held:
+        held.bind(("127.0.0.1", draws[0]))
+        monkeypatch.setattr(port, "_PORTS", draws[:1])
+        with pytest.raises(LaunchError, match=r"none of 100 ports .*in use"):
+            port.free_port("127.0.0.1")
 
 
 def test_beats_tell_the_step_and_count_on(tmp_path: Path) -> None:
