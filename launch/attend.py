@@ -18,7 +18,7 @@ from moe import log
 from moe.errors import EXIT_STOPPED
 
 _POLL_SECONDS = 0.25
-_STACK_SECONDS = 2.0
+_STACK_SECONDS = 4.0
 _SETTLE_SECONDS = 0.2
 _LEAVE_SECONDS = 5.0
 Runners = Sequence["subprocess.Popen[bytes]"]
@@ -126,8 +126,8 @@ class Attendance:
     def _examine(self, verdict: Verdict) -> Verdict:
         """Which rank hangs: ask all for their stacks, keep them, and find the one that differs."""
         self._order("stacks")
-        end = time.monotonic() + _STACK_SECONDS
-        while time.monotonic() < end and not _all_answered(self.folder.reports(self.attempt.number)):
+        end = self.clock.seconds() + _STACK_SECONDS
+        while self.clock.seconds() < end and not _all_answered(self.folder.reports(self.attempt.number)):
             time.sleep(_SETTLE_SECONDS)
         time.sleep(_SETTLE_SECONDS)  # a stack that is being written is read again
         reports = self.folder.reports(self.attempt.number)
@@ -176,8 +176,8 @@ class Attendance:
 
         A launcher may wait long for a lost node: then agents on the others are all that is waited for.
         """
-        end = time.monotonic() + _LEAVE_SECONDS
-        while any(runner.poll() is None for runner in runners) and time.monotonic() < end:
+        end = self.clock.seconds() + _LEAVE_SECONDS
+        while any(runner.poll() is None for runner in runners) and self.clock.seconds() < end:
             reports = self.folder.reports(self.attempt.number)
             if lost is not None and all(report.ended for report in reports if report.host != lost):
                 break

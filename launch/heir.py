@@ -8,6 +8,7 @@ after the run: the first of them queues it anew, without the node, and ends the 
 import time
 
 from launch import slurm
+from launch.awake import Awake
 from launch.folder import LaunchFolder, write
 from moe.errors import LaunchError
 
@@ -16,8 +17,9 @@ _POLL_SECONDS = 0.2
 
 def is_gone(folder: LaunchFolder, number: int, seconds: float) -> bool:
     """Whether the supervisor counts up no lease for so long; False once it says that all is over."""
-    home, last, end = folder.attempt_folder(number), "", time.monotonic() + seconds
-    while time.monotonic() < end:
+    clock = Awake()
+    home, last, end = folder.attempt_folder(number), "", seconds
+    while clock.seconds() < end:
         try:
             if (home / "order").exists() and (home / "order").read_text(encoding="utf-8").strip() == "end":
                 return False
@@ -25,7 +27,7 @@ def is_gone(folder: LaunchFolder, number: int, seconds: float) -> bool:
         except OSError:
             lease = last
         if lease != last:
-            last, end = lease, time.monotonic() + seconds
+            last, end = lease, clock.seconds() + seconds
         time.sleep(_POLL_SECONDS)
     return not folder.attempt_folder(number + 1).exists()
 
