@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -272,20 +271,31 @@ def test_overwrite_replaces_what_another_recipe_made(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "recipe.yaml", PREPARED]
 
 
+HALTS_AMID_ITS_WORK = """
+import os, signal
+from data_prep import prepare, run
+encode = prepare.shares.encode
+
+def encode_and_halt(*given):
+    encode(*given)
+    os.kill(os.getpid(), signal.SIGSTOP)
+
+prepare.shares.encode = encode_and_halt
+run.command()
+"""
+
+
 def test_a_killed_run_leaves_no_data_and_the_next_one_works(tmp_path: Path) -> None:
     tokenizer = {"type": "bpe", "vocab_size": 300, "sample_megabytes": 1}
     recipe = page(tmp_path, [{"type": "stdlib"}], tokenizer=tokenizer)
     (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
     process = subprocess.Popen(
-        [sys.executable, "-m", "data_prep.run", str(tmp_path / "recipe.yaml")], stderr=subprocess.DEVNULL
+        [sys.executable, "-c", HALTS_AMID_ITS_WORK, str(tmp_path / "recipe.yaml")], stderr=subprocess.DEVNULL
     )
+    _, status = os.waitpid(process.pid, os.WUNTRACED)
+    assert os.WIFSTOPPED(status)
     unfinished = tmp_path / f".{PREPARED}.unfinished"
-    deadline = time.monotonic() + 60
-    while not (unfinished.is_dir() and any(unfinished.glob("train-*.bin"))):
-        assert process.poll() is None
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    process.send_signal(signal.SIGSTOP)  # or it may be done first
+    assert any(unfinished.glob("train-*.bin"))
     busy = run(tmp_path, recipe)
     assert busy.exit_code == 2
     assert "another run is preparing this folder" in busy.stderr

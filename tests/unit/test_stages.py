@@ -379,24 +379,42 @@ def test_a_torn_page_of_stages_is_no_page_of_this_recipe(tmp_path: Path) -> None
     refused(run(tmp_path, page(tmp_path, sources, **STAGED)), "--overwrite to begin anew")
 
 
+WAITS_AMID_A_PART = """
+import time
+from data_prep import run, texts
+read = texts.ReadAndClean.__call__
+
+def read_and_wait(part, folder):
+    read(part, folder)
+    (folder / "amid").touch()
+    time.sleep(600)
+
+texts.ReadAndClean.__call__ = read_and_wait
+run.command()
+"""
+
+
 def test_a_command_that_is_told_to_end_leaves_nothing_half_done(tmp_path: Path) -> None:
     recipe = page(
         tmp_path, _pages(tmp_path / "in"), **{**STAGED, "executor": {"workers": 1}}, part_megabytes=1
     )
-    process = _turnout(tmp_path, recipe)
-    until = time.monotonic() + 60
-    while not list((tmp_path).glob(f"{PREPARED}.stages/text/*")) and time.monotonic() < until:
+    process = _turnout(tmp_path, recipe, "-c", WAITS_AMID_A_PART)
+    until = time.monotonic() + 120
+    while not list(tmp_path.glob(f"{PREPARED}.stages/text/*/amid")):
+        assert process.poll() is None
+        assert time.monotonic() < until
         time.sleep(0.01)
     process.terminate()
-    assert process.wait(60) == 1
+    assert process.wait(120) == 1
     assert not [path for path in tmp_path.rglob("*") if "unfinished" in path.name or "lock" in path.name]
 
 
-def _turnout(folder: Path, recipe: Mapping[str, Any]) -> subprocess.Popen[bytes]:
+def _turnout(folder: Path, recipe: Mapping[str, Any], *program: str) -> subprocess.Popen[bytes]:
+    """`turnout prepare` of the recipe, or a program of Python's that does it otherwise."""
     path = folder / "recipe.yaml"
     path.write_text(yaml.safe_dump(dict(recipe)))
     return subprocess.Popen(
-        [sys.executable, "-m", "data_prep.run", str(path)],
+        [sys.executable, *(program or ("-m", "data_prep.run")), str(path)],
         stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
@@ -415,7 +433,7 @@ def _killed_again_and_again(
         if (folder / PREPARED / MANIFEST_NAME).exists():
             shutil.rmtree(folder / PREPARED)
             shutil.rmtree(folder / f"{PREPARED}.stages")
-    assert _turnout(folder, recipe).wait(120) == 0
+    assert _turnout(folder, recipe).wait(200) == 0
 
 
 @pytest.mark.parametrize(
