@@ -54,7 +54,6 @@ def test_what_is_right_passes_beside_them(proof: Proof) -> None:
     assert not proof.passed
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("layout", "check", "tensor", "said"),
     [
@@ -79,7 +78,6 @@ def test_a_fault_in_a_layout_is_named(layout: str, check: str, tensor: str, said
     assert said in found.said
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(
     ("fault", "check", "said"),
     [

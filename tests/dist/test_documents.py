@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 import torch.distributed as dist
 
@@ -20,7 +19,6 @@ from tests.unit.corpus import raw_data
 from tests.unit.test_documents import KINDS, make, packed
 from tests.unit.test_documents import LENGTH as ROW
 
-pytestmark = pytest.mark.timeout(240)
 LAYOUTS = [(1, 1, 1), (2, 2, 1), (2, 1, 2)]
 """(ranks, EP, SP)."""
 

@@ -157,10 +157,9 @@ def _left_out(rank: int, world_size: int, folder: Path) -> None:
         plain.wrapped.destroy()
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("world_size", LAYOUTS)
 def test_training_after_a_skipped_step_is_training_that_never_saw_it(world_size: int, tmp_path: Path) -> None:
-    run_ranks(_left_out, world_size, tmp_path, world_size, tmp_path, timeout_s=280)
+    run_ranks(_left_out, world_size, tmp_path, world_size, tmp_path, timeout_s=500)
 
 
 ON_RECORD = [1, 2, 3, 4, 8, 9]
@@ -274,11 +273,10 @@ def _told(record: dict[str, Any]) -> dict[str, Any]:
     return {key: v for key, v in record.items() if key not in ("seconds", "tokens_per_second", "mfu")}
 
 
-@pytest.mark.timeout(200)
 def test_a_roll_back_leaves_out_what_came_since_the_last_good_checkpoint_killed_and_resumed_or_not(
     tmp_path: Path,
 ) -> None:
-    run_ranks(_rolled_back, 2, tmp_path, tmp_path, timeout_s=180)
+    run_ranks(_rolled_back, 2, tmp_path, tmp_path)
 
 
 def _ended(rank: int, folder: Path) -> None:
@@ -317,9 +315,8 @@ def _unguarded(folder: Path) -> RunConfig:
     return _run((1, "bf16", "adamw"), 2, {}, run_dir=str(folder), checkpoint={"every_steps": 2})
 
 
-@pytest.mark.timeout(200)
 def test_a_run_that_cannot_go_on_says_why_and_on_record(tmp_path: Path) -> None:
-    run_ranks(_ended, 2, tmp_path, tmp_path, timeout_s=180)
+    run_ranks(_ended, 2, tmp_path, tmp_path)
 
 
 def _saved_amid(rank: int, folder: Path) -> None:
@@ -345,6 +342,5 @@ def _saved_amid(rank: int, folder: Path) -> None:
     assert folders.steps(kept.folder) == [8]
 
 
-@pytest.mark.timeout(200)
 def test_a_save_amid_skipped_steps_resumes_and_keeps_what_a_roll_back_needs(tmp_path: Path) -> None:
-    run_ranks(_saved_amid, 2, tmp_path, tmp_path, timeout_s=180)
+    run_ranks(_saved_amid, 2, tmp_path, tmp_path)

@@ -138,7 +138,6 @@ def trained(stock: Path, native: Path, tmp_path_factory: pytest.TempPathFactory)
     return found
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("layout", [layout for layout in LAYOUTS if layout != "one process"])
 def test_training_on_is_that_of_one_process(layout: str, trained: dict[str, Path]) -> None:
     here, one = (Curve(**torch.load(trained[name] / "curve.pt")) for name in (layout, "one process"))
@@ -148,7 +147,6 @@ def test_training_on_is_that_of_one_process(layout: str, trained: dict[str, Path
     assert one.cross_entropy[-1] < one.cross_entropy[0] - 0.2
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_what_was_trained_on_loads_in_stock_transformers(layout: str, trained: dict[str, Path]) -> None:
     folder = trained[layout]

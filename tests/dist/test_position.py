@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from moe.checkpoint import folder as folders
 from moe.config import RunConfig
 from moe.data.loader import Batch
@@ -48,7 +46,6 @@ def _stretch(rank: int, world_size: int, run: RunConfig, seen: Path) -> None:
     assert train(run, data, ranks_of(rank, world_size, run.parallel.expert_parallel_size), StopSignal()) == 0
 
 
-@pytest.mark.timeout(300)
 def test_each_sample_comes_once_an_epoch_on_whatever_ranks(tmp_path: Path) -> None:
     raw_data(tmp_path / "data", {"train": [list(range(SAMPLES * LENGTH + 1))]}, vocab_size=100)
     write_tokenizer(tmp_path / "data/tokenizer")

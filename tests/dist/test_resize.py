@@ -82,11 +82,10 @@ def resized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("resized")
     for work in (_straight, _resized):
         for world_size in (1, 2, 4):
-            run_ranks(work, world_size, folder, world_size, folder, timeout_s=200)
+            run_ranks(work, world_size, folder, world_size, folder)
     return folder
 
 
-@pytest.mark.timeout(600)
 @pytest.mark.parametrize(("source", "target"), itertools.permutations(LAYOUTS, 2), ids=str)
 def test_resized_equals_never_stopped(
     source: tuple[int, int, int], target: tuple[int, int, int], resized: Path

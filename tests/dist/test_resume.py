@@ -99,7 +99,7 @@ def _straight_and_resumed(rank: int, folder: Path) -> None:
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs on 2 ranks with EP 2: each layout straight to 20, and resumed at 10."""
     folder = tmp_path_factory.mktemp("runs")
-    run_ranks(_straight_and_resumed, 2, folder, folder, timeout_s=280)
+    run_ranks(_straight_and_resumed, 2, folder, folder, timeout_s=500)
     return folder
 
 
@@ -109,7 +109,6 @@ def _state(run: Path) -> dict[str, torch.Tensor]:
     return {key: tensor for file in files for key, tensor in load_file(file).items()}
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize(("zero", "precision", "optimizer"), LAYOUTS)
 def test_resume_is_exact_to_the_bit(zero: int, precision: str, optimizer: str, runs: Path) -> None:
     run = runs / f"{zero}-{precision}-{optimizer}"
@@ -140,12 +139,11 @@ def _go_on(rank: int, world_size: int, layouts: list[tuple[int, int, str]], runs
             (here / "rest.json").write_text(json.dumps(dataclasses.asdict(rest)))
 
 
-@pytest.mark.timeout(300)
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_a_checkpoint_goes_on_in_another_layout(world_size: int, runs: Path, tmp_path: Path) -> None:
     """Written on 2 ranks with EP 2 and ZeRO 1; read elsewhere: the next steps are those of the run that went on."""
     layouts = [layout for world, *layout in OTHERS if world == world_size]
-    run_ranks(_go_on, world_size, tmp_path, world_size, layouts, runs, tmp_path, timeout_s=200)
+    run_ranks(_go_on, world_size, tmp_path, world_size, layouts, runs, tmp_path)
     for ep, zero, optimizer in layouts:
         whole = json.loads((runs / f"1-fp32-{optimizer}/rest.json").read_text())
         rest = json.loads((tmp_path / f"{world_size}-{ep}-{zero}-{optimizer}" / "rest.json").read_text())
@@ -205,7 +203,6 @@ def _all_refused(rank: int, folder: Path) -> None:
         restore(start(_run(whole, 2, 1, steps=15), ranks), "data")
 
 
-@pytest.mark.timeout(300)
 def test_what_cannot_be_trusted_is_refused_by_every_rank(runs: Path, tmp_path: Path) -> None:
     for name, (file, damage, _) in DAMAGE.items():
         shutil.copytree(runs / "1-fp32-adamw/straight", tmp_path / name)

@@ -94,7 +94,6 @@ def _beside_training(rank: int, folder: Path) -> None:
     engine.wrapped.destroy()
 
 
-@pytest.mark.timeout(200)
 def test_what_a_thread_writes_is_the_state_at_the_step_and_training_goes_on(tmp_path: Path) -> None:
     run_ranks(_beside_training, 2, tmp_path, tmp_path)
     beside, waiting = _run(tmp_path / "beside"), _run(tmp_path / "waiting")
@@ -143,7 +142,6 @@ def _second_fails(rank: int, folder: Path) -> None:
     assert restore(engine, "data").step == 1
 
 
-@pytest.mark.timeout(200)
 def test_a_failure_in_a_thread_reaches_all_ranks_and_spares_what_was_saved(tmp_path: Path) -> None:
     run_ranks(_second_fails, 2, tmp_path, tmp_path / "run")
     assert _hashes(_run(tmp_path / "run"), 1)
@@ -220,7 +218,6 @@ def _resized(rank: int, folder: Path) -> None:
     states.write = real
 
 
-@pytest.mark.timeout(200)
 def test_a_resize_is_proved_by_hash_or_refused_with_the_first_tensor(tmp_path: Path) -> None:
     run_ranks(_resized, 2, tmp_path, tmp_path)
 

@@ -24,8 +24,6 @@ from tests.dist.layouts import LENGTH, VOCAB, batches, curve, ranks_of, start, t
 from tests.harness import run_ranks
 from tests.unit.corpus import raw_data
 
-pytestmark = pytest.mark.timeout(240)
-
 ATTENTIONS = {
     "grouped": AttentionConfig(num_heads=8, num_kv_heads=4, qkv_bias=True),
     "one key head a rank": AttentionConfig(num_heads=4, num_kv_heads=4, head_dim=6, qk_norm=False),

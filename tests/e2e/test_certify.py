@@ -36,7 +36,6 @@ def turnout(
     return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=seconds)
 
 
-@pytest.mark.timeout(300)
 def test_the_demo_is_certified(tmp_path: Path) -> None:
     done = turnout(DEMO, f"run_dir={tmp_path / 'run'}", "--world", "2", *SMALL)
     assert done.returncode == 0, done.stdout + done.stderr

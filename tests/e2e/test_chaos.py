@@ -7,7 +7,6 @@ import pytest
 from tests.e2e.chaos import chaos
 
 
-@pytest.mark.timeout(400)
 def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     said: list[str] = []
     tally = chaos(tmp_path, kills=5, seed=3, say=said.append)
@@ -15,7 +14,6 @@ def test_kills_at_random_moments_change_nothing(tmp_path: Path) -> None:
     assert tally.within_saves >= 1, said
 
 
-@pytest.mark.timeout(400)
 def test_nor_do_they_when_training_waits_for_saves(tmp_path: Path) -> None:
     assert chaos(tmp_path, kills=2, seed=4, say=lambda _: None, asynchronous=False).kills == 2
 

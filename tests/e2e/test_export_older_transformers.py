@@ -16,7 +16,7 @@ from tests import stock_configs
 from tests.elsewhere import read_all
 from tests.stock import CASES, saved, write_tokenizer
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.slow
 
 OLDER = "4.57.6"
 

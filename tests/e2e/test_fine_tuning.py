@@ -67,7 +67,6 @@ def _losses(run: Path) -> list[float]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_conversations_become_adapters_that_stock_code_loads(tmp_path: Path) -> None:
     chats = [_turns(f"what is {n} and {n}?", f"{2 * n}, of course") for n in range(60)]
     path = write_jsonl(tmp_path / "chat.jsonl", chats, field="messages")

@@ -27,7 +27,6 @@ def _state(run: Path, step: int) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_killed_and_resumed_equals_straight_to_the_bit(place: Place) -> None:  # noqa: F811  (the fixture)
     cut = place.folder / "runs/cut"
     process = place.start(
@@ -59,7 +58,6 @@ def test_killed_and_resumed_equals_straight_to_the_bit(place: Place) -> None:  #
     assert not [key for key in one if not torch.equal(one[key], other[key])]
 
 
-@pytest.mark.timeout(200)
 def test_tensorboard_events_are_written_by_option(place: Place) -> None:  # noqa: F811  (the fixture)
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

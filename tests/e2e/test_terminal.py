@@ -7,8 +7,6 @@ import subprocess
 import sys
 import threading
 
-import pytest
-
 from tests.e2e.test_launchers import Place, _environment, place  # noqa: F401  (place is a fixture)
 
 
@@ -38,7 +36,6 @@ def _on_a_terminal(command: list[str], place: Place) -> tuple[int, str]:  # noqa
     return code, shown.decode(errors="replace")
 
 
-@pytest.mark.timeout(200)
 def test_a_terminal_shows_step_loss_speed_mfu_balance_and_time_left(place: Place) -> None:  # noqa: F811  (the fixture)
     settings = [
         "train.steps=4",

@@ -381,7 +381,6 @@ def with_lm_eval(tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
 def test_lm_eval_measures_a_task_of_ones_own(with_lm_eval: Path, native: Path, tmp_path: Path) -> None:
     def evaluate(*arguments: str) -> "subprocess.CompletedProcess[str]":
         command = [with_lm_eval, "-m", "moe.evaluate", native, *arguments]
