@@ -35,7 +35,7 @@ ENDS = {
 @pytest.mark.parametrize("end", ENDS)
 def test_a_rank_ends_as_python_would_end_it(end: str) -> None:
     rank, other = (
-        subprocess.run([sys.executable, "-c", SCRIPT, kind, end], capture_output=True, text=True, timeout=60)
+        subprocess.run([sys.executable, "-c", SCRIPT, kind, end], capture_output=True, text=True, timeout=120)
         for kind in ("rank", "other")
     )
     code, words = ENDS[end]

@@ -35,7 +35,7 @@ def test_imports_point_down_the_floors() -> None:
 def test_light_modules_load_nothing_heavy(module: str) -> None:
     program = f"import {module}, sys; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
     )
     assert {"torch", "deepspeed", "transformers"} & set(done.stdout.split()) == set()
 

@@ -354,7 +354,7 @@ def _run_of(folder: Path, native: Path) -> Path:
 def test_light_imports_stay_light() -> None:
     program = "import moe.hf, sys; print(*sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", program], capture_output=True, text=True, timeout=60, check=True
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
     )
     assert {"torch", "deepspeed", "transformers"} & set(done.stdout.split()) == set()
 

@@ -204,7 +204,7 @@ def test_closing_the_iterator_ends_its_thread(data: TokenData) -> None:
     assert len(mine) == 1
     batches.close()
     for thread in mine:
-        thread.join(timeout=60)
+        thread.join(timeout=120)
         assert not thread.is_alive()
 
 
@@ -293,7 +293,7 @@ assert not {"jax", "tensorflow", "deepspeed", "transformers"} & set(sys.modules)
 
 def test_a_fresh_process_reads_the_same_and_ends_with_the_iterator_open(data: TokenData) -> None:
     ended = subprocess.run(
-        [sys.executable, "-c", FRESH], input=pickle.dumps(data), capture_output=True, timeout=60
+        [sys.executable, "-c", FRESH], input=pickle.dumps(data), capture_output=True, timeout=120
     )
     assert (ended.returncode, ended.stderr) == (0, b"")
     assert ended.stdout.decode().strip() == str(_rows(_steps(data, 1))[0])
