@@ -18,7 +18,7 @@ from moe import log
 from moe.errors import EXIT_STOPPED
 
 _POLL_SECONDS = 0.25
-_STACK_SECONDS = 4.0
+_STACK_SECONDS = 3.0
 _SETTLE_SECONDS = 0.2
 _LEAVE_SECONDS = 5.0
 Runners = Sequence["subprocess.Popen[bytes]"]
