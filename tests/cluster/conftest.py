@@ -54,7 +54,7 @@ RECIPE: dict[str, Any] = {
     "parallel": {"expert_parallel_size": 4},
     "checkpoint": {"every_steps": 10},
 }
-LONG = 60
+LONG = 120
 """Steps of a run that is stopped twice on its way."""
 LAYOUT = {
     "local": ["--on", "local", "--ranks-per-node", "4"],
@@ -128,6 +128,12 @@ class Place:
 
     def step(self, run: str) -> int:
         return max(self.losses(run), default=0)
+
+    def taken(self, run: str, number: int) -> int:
+        """Steps that every rank of an attempt has taken in it."""
+        attempt, reports = self.files(run).attempt(number), self.files(run).reports(number)
+        steps = [rank.step or 0 for report in reports for rank in report.ranks]
+        return min(steps, default=0) - (attempt.from_step if attempt else 0)
 
     def attempts(self, run: str) -> list[Attempt]:
         return self.files(run).attempts()

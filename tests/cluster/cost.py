@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
+import psutil
 import yaml
 
 from launch.folder import Attempt
@@ -151,8 +152,10 @@ def to_the_end(place: Place, run: str) -> None:
             ("sinfo", "-N", "--long"),
         )
         said = [place.slurm(*words) for words in asked]
-        alive = [f"{process.pid} {' '.join(process.cmdline())}" for process in place.survivors(run)]
-        raise AssertionError("\n".join([str(error), *said, *alive])) from None
+        for process in place.survivors(run):
+            with suppress(psutil.Error):
+                said.append(f"{process.pid} {' '.join(process.cmdline())}")
+        raise AssertionError("\n".join([str(error), *said])) from None
     wait(lambda: place.survivors(run) == [], "every process of the run to end", _LEFT_SECONDS)
 
 

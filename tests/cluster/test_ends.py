@@ -2,8 +2,9 @@
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
+import psutil
 import pytest
 
 from tests.cluster.conftest import LONG, Place, wait
@@ -35,11 +36,12 @@ def test_no_process_of_a_job_is_left_ten_seconds_after_its_end(
 
 
 def _kill_srun(place: Place, run: str) -> None:
-    (srun,) = (
-        process
-        for process in place.survivors(run)
-        if process.name() == "srun" and process.parent().name() != "srun"
-    )
+    sruns = {}
+    for process in place.survivors(run):
+        with suppress(psutil.Error):
+            if process.name() == "srun":
+                sruns[process.pid] = (process, process.ppid())
+    (srun,) = (process for process, parent in sruns.values() if parent not in sruns)
     srun.kill()
 
 
@@ -55,13 +57,13 @@ def test_a_node_that_is_not_to_blame_stays_in_the_job_and_one_that_is_drained_is
         wait(lambda: place.step(run) >= before + 3, "the suspended job to go on")
         assert len(place.attempts(run)) == 1
         _kill_srun(place, run)
-        wait(lambda: len(place.attempts(run)) == 2, "the second attempt", 30)
-        wait(lambda: sum(len(report.ranks) for report in place.files(run).reports(2)) == 2, "its ranks", 30)
+        wait(lambda: len(place.attempts(run)) == 2, "the second attempt", 100)
+        wait(lambda: sum(len(report.ranks) for report in place.files(run).reports(2)) == 2, "its ranks", 100)
         halted, struck = place.kill(run, 1, "STOP"), time.time()
-        wait(lambda: len(place.attempts(run)) == 3, "the third attempt", 30)
+        wait(lambda: len(place.attempts(run)) == 3, "the third attempt", 100)
         place.slurm("scontrol", "update", "NodeName=n2", "State=DRAIN", "Reason=a test")
         try:
-            wait(lambda: place.attempts(run)[2].then == "requeued", "the job to leave the node", 60)
+            wait(lambda: place.attempts(run)[2].then == "requeued", "the job to leave the node", 100)
         finally:
             place.slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
         _cancel(place, run)

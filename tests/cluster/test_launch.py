@@ -6,13 +6,14 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
 import pytest
 
 from launch.testbed.machines import Machines
-from tests.cluster.conftest import HERE, Place, wait
+from tests.cluster.conftest import HERE, LONG, Place, wait
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -21,7 +22,7 @@ def test_on_hosts_a_run_has_the_bits_of_the_local_one(place: Place, expected: di
     """Through ssh; through pdsh below."""
     place.launch("runs/ssh", "ssh")
     assert place.losses("runs/ssh") == expected
-    assert place.survivors("runs/ssh") == []
+    _leaves_nothing(place, "runs/ssh")
 
 
 def test_through_slurm_a_run_has_the_bits_of_the_local_one(place: Place, expected: dict[int, float]) -> None:
@@ -62,14 +63,14 @@ def test_in_a_container_a_run_has_the_bits_of_the_local_one(
 
 
 def test_a_killed_rank_and_a_halted_one_are_named_and_the_run_goes_on_in_its_allocation(
-    place: Place, expected: dict[int, float]
+    place: Place, long: dict[int, float]
 ) -> None:
-    place.launch("runs/hurt", "slurm", "--hang-limit", "8")
-    wait(lambda: place.step("runs/hurt") >= 13, "step 13")
+    place.launch("runs/hurt", "slurm", "--hang-limit", "8", f"train.steps={LONG}")
+    wait(lambda: place.taken("runs/hurt", 1) >= 13, "step 13")
     killed = place.kill("runs/hurt", 3, "KILL")
-    wait(lambda: place.step("runs/hurt") >= 24, "step 24")
+    wait(lambda: place.taken("runs/hurt", 2) >= 13, "as many steps of the second attempt")
     halted, struck = place.kill("runs/hurt", 2, "STOP"), time.time()
-    _to_the_end(place, "runs/hurt", expected)
+    _to_the_end(place, "runs/hurt", long)
     first, second, third = place.attempts("runs/hurt")
     assert (first.outcome, first.rank, first.host, first.cause) == ("failed", 3, killed, "ended by SIGKILL")
     assert f"rank 3 on {killed}: ended by SIGKILL" in place.says("explain", "runs/hurt")
@@ -77,7 +78,7 @@ def test_a_killed_rank_and_a_halted_one_are_named_and_the_run_goes_on_in_its_all
     assert second.ended is not None
     assert second.ended - struck < 8 + 10
     assert "most recent call first" in (place.files("runs/hurt").logs(2) / "rank_0.stack").read_text()
-    assert [attempt.from_step for attempt in (first, second, third)] == [0, 10, 20]
+    assert 0 == first.from_step < second.from_step < third.from_step  # as far as was saved by then
     assert (third.outcome, third.job) == ("done", first.job)
 
 
@@ -88,8 +89,8 @@ def test_stop_saves_and_ends_one_run_and_leaves_another_on_the_same_hosts(
     other = place.start("runs/other", "pdsh")
     wait(lambda: place.step("runs/one") >= 2, "the first to train")
     place.says("stop", "runs/one")
-    assert one.wait(timeout=60) == 75
-    assert place.survivors("runs/one") == []
+    assert one.wait(timeout=200) == 75
+    _leaves_nothing(place, "runs/one")
     assert other.wait(timeout=400) == 0
     (attempt,) = place.attempts("runs/one")
     assert (attempt.outcome, attempt.cause) == ("saved", "turnout stop")
@@ -122,7 +123,7 @@ def test_a_slow_rank_is_named_with_its_host_while_the_run_goes_on(place: Place) 
     with _slowed(place, "runs/slow", 3) as host:
         wait(lambda: f"{host} is slow: rank 3 " in place.says("status", "runs/slow"), "the verdict", 90)
     place.says("stop", "runs/slow")
-    assert process.wait(timeout=60) == 75
+    assert process.wait(timeout=200) == 75
 
 
 @pytest.mark.nightly
@@ -131,10 +132,11 @@ def test_ranks_end_when_their_supervisor_is_killed(place: Place, expected: dict[
     wait(lambda: place.step("runs/orphan") >= 2, "step 2")
     assert len(place.survivors("runs/orphan")) > 4
     for found in place.survivors("runs/orphan"):
-        if "launch" in found.cmdline():  # the command itself, and nsenter before it
-            found.kill()
-    process.wait(timeout=30)
-    wait(lambda: place.survivors("runs/orphan") == [], "every process of the run to end", seconds=10)
+        with suppress(psutil.Error):
+            if "launch" in found.cmdline():  # the command itself, and nsenter before it
+                found.kill()
+    process.wait(timeout=100)
+    _leaves_nothing(place, "runs/orphan")
 
 
 def test_a_testbed_leaves_nothing(home: Path, tmp_path: Path) -> None:
@@ -144,7 +146,7 @@ def test_a_testbed_leaves_nothing(home: Path, tmp_path: Path) -> None:
     wait(lambda: sleeper.pid and len(machines.pids("n2")) > 2, "the sleeper")
     assert len(list(Path("/run/netns").glob(f"{machines.prefix}*"))) == 4
     machines.down()
-    assert sleeper.wait(timeout=10) != 0
+    assert sleeper.wait(timeout=60) != 0
     assert list(Path("/run/netns").glob(f"{machines.prefix}*")) == []
     assert not machines.folder.exists()
 
@@ -155,4 +157,8 @@ def _to_the_end(place: Place, run: str, expected: dict[int, float]) -> None:
     wait(lambda: (place.folder / run / "done").exists(), f"{run} to be done")
     wait(lambda: "COMPLETED" in place.slurm("scontrol", "show", "job", job), "the job to complete", 60)
     assert place.losses(run) == expected
-    wait(lambda: place.survivors(run) == [], "every process to end", 10)
+    _leaves_nothing(place, run)
+
+
+def _leaves_nothing(place: Place, run: str) -> None:
+    wait(lambda: place.survivors(run) == [], "every process of the run to end", 10)
