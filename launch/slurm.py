@@ -101,12 +101,21 @@ class Job:
         """Queue its script as another job, without these nodes and those that it was without; the job's number.
 
         A requeue would wait until Slurm itself has given up a node that is dead, and Slurm 22.05 then forgets the
-        job's GPUs. Raises `LaunchError`.
+        job's GPUs: it lets no step of it begin, and frees them for nobody. Raises `LaunchError`.
         """
         page = slurm.patiently(lambda: slurm.show(self.number))
         before = slurm.field(page, "ExcNodeList")
         without = ",".join([*nodes, *([] if before in (None, "(null)") else [str(before)])])
-        return slurm.patiently(lambda: submit(path, f"--exclude={without}"))
+        return slurm.patiently(lambda: submit(path, *([f"--exclude={without}"] if without else [])))
+
+    def notice(self) -> str | None:
+        """Why it is to save and leave, though it runs; None: it may stay. Raises `LaunchError`."""
+        page = slurm.show(self.number)
+        preempted, started = (slurm.field(page, name) for name in ("PreemptTime", "StartTime"))
+        if preempted not in (None, "None") and str(preempted) >= str(started):  # not before it was requeued
+            return "preemption"
+        drained = ", ".join(sorted(self.drained()))
+        return f"drain of {drained}" if drained else None
 
     def drained(self) -> frozenset[str]:
         """Those of its nodes that an administrator wants free: Slurm starts nothing there, and ends nothing.

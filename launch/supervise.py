@@ -18,8 +18,8 @@ from types import FrameType
 
 from launch import start
 from launch.attend import Attendance
-from launch.drain import DrainWatch
 from launch.folder import Attempt, LaunchFolder, Plan, ended, fruitless, write, write_text
+from launch.notice import Notice
 from launch.slurm import Job
 from moe import log
 from moe.errors import EXIT_STOPPED, EXIT_USER_ERROR, LaunchError, clean_exit
@@ -42,8 +42,8 @@ class Supervisor:
     def run(self) -> int:
         """All attempts; the exit code of the command."""
         self._abandon()
-        with DrainWatch.watching(None if self.job is None else self.job.drained) as drain:
-            return self._run(lambda: self.asked or drain.wants())
+        with Notice.watching(None if self.job is None else self.job.notice) as notice:
+            return self._run(lambda: self.asked or notice.why)
 
     def _run(self, asked: Callable[[], str | None]) -> int:
         while (nodes := self._nodes()) is not None:
@@ -51,6 +51,8 @@ class Supervisor:
             attempt = Attendance(self.folder, self.plan.sized(attempt), attempt, asked).attend()
             if attempt.outcome == "done":
                 return self._close(attempt, "the run is complete", 0)
+            if attempt.outcome == "lost" and attempt.host is not None:
+                self.bad.add(attempt.host)
             if attempt.outcome == "saved" or asked() or self.folder.stop.exists():
                 return self._leave(attempt)
             if attempt.outcome == "refused":
@@ -61,11 +63,11 @@ class Supervisor:
             give_up = count >= self.plan.limits.fruitless_attempts
             if (unstarted or give_up) and self._is_taken_away():
                 return self._leave(ended(attempt, outcome="left") if unstarted else attempt)
+            if unstarted and self.job is not None and before and _is_unstarted_in(before[-1], self.job):
+                return self._queue_anew(self.job, attempt, f"in job {self.job.number} Slurm starts no agent")
             if give_up:
                 sentence = f"given up: {count} attempts in a row without a new checkpoint"
                 return self._close(attempt, sentence, EXIT_FAILED)
-            if attempt.outcome == "lost" and attempt.host is not None:
-                self.bad.add(attempt.host)
             self._note(attempt, "started again" if self._nodes() else "too few nodes are left")
             if unstarted:
                 time.sleep(_PAUSE_SECONDS)
@@ -156,18 +158,32 @@ class Supervisor:
             return self._close(attempt, "stopped; the same launch goes on from here", EXIT_STOPPED)
         if self._is_taken_away():
             return self._close(attempt, "left to Slurm, which ends or requeues the job", EXIT_STOPPED)
+        if attempt.outcome == "lost" and self.bad:
+            return self._queue_anew_without_bad(self.job, attempt)
         return self._requeue(attempt)
 
     def _give_up_nodes(self) -> int:
         attempt = self.folder.attempts()[-1]
-        without = ", ".join(sorted(self.bad))
         if self.job is None:
+            without = ", ".join(sorted(self.bad))
             return self._close(attempt, f"given up: without {without} there are too few nodes", EXIT_FAILED)
         if self._is_taken_away():
             return self._leave(attempt)
-        job = self.job.submit_without(str(self.folder.home / "job.sbatch"), sorted(self.bad))
-        write(self.folder.home / "job.json", {"job": job})
-        return self._close(attempt, f"queued anew as job {job}, without {without}", EXIT_STOPPED)
+        return self._queue_anew_without_bad(self.job, attempt)
+
+    def _queue_anew_without_bad(self, job: Job, attempt: Attempt) -> int:
+        return self._queue_anew(job, attempt, f"without {', '.join(sorted(self.bad))}")
+
+    def _queue_anew(self, job: Job, attempt: Attempt, why: str) -> int:
+        """As another job; never again on nodes that are bad."""
+        try:
+            other = job.submit_without(str(self.folder.home / "job.sbatch"), sorted(self.bad))
+        except LaunchError as error:
+            return self._close(
+                attempt, f"given up: {why}, and Slurm takes no other job: {error}", EXIT_FAILED
+            )
+        write(self.folder.home / "job.json", {"job": other})
+        return self._close(attempt, f"queued anew as job {other}: {why}", EXIT_STOPPED)
 
     def _requeue(self, attempt: Attempt) -> int:
         assert self.job is not None
@@ -184,6 +200,11 @@ class Supervisor:
         where = f": rank {attempt.rank} on {attempt.host}" if attempt.rank is not None else ""
         cause = f" ({attempt.cause})" if attempt.cause else ""
         log.get().info("attempt %d: %s%s%s; %s", attempt.number, attempt.outcome, where, cause, then)
+
+
+def _is_unstarted_in(attempt: Attempt, job: Job) -> bool:
+    """Whether Slurm started no agent of it, in this job: it may have lost what it gave the job, as Slurm 22.05 does."""
+    return attempt.outcome == "unstarted" and attempt.job == job.number
 
 
 def supervise(run_folder: Path) -> int:

@@ -11,13 +11,12 @@ import itertools
 import os
 import random
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
 import click
 
-from launch.folder import fruitless
 from launch.testbed.machines import CONTROLLER
 from tests.cluster import faults
 from tests.cluster.conftest import Place, wait
@@ -26,6 +25,7 @@ from tests.cluster.cost import LIMITS, a_place, give_up, is_given_up, lost, to_t
 _STEPS = 80
 _A_RUN = 4
 """Faults, at most."""
+_OFF = "power-off of n2"
 _BOOT_SECONDS = 20.0
 _EARLY = 0.3
 """Of the faults, while the ranks boot."""
@@ -49,7 +49,7 @@ _KINDS: dict[str, Strike] = {
     "link down for 2 s": faults.unplug(2.0),
     "slurmctld restarted": faults.kill_daemon(CONTROLLER, "slurmctld", 1.0),
     "slurmd killed for 2 s": faults.kill_daemon("n2", "slurmd", 2.0),
-    "power-off of n2": faults.power_off("n2"),
+    _OFF: faults.power_off("n2"),
 }
 
 
@@ -60,50 +60,80 @@ def disturbed(place: Place, run: str, most: int, dice: random.Random, struck: li
     """
     # With the fewest nodes it comes back without its spare, when one is off.
     place.launch(run, "slurm", *LIMITS, "--spares", "1", "--min-nodes", "2", f"train.steps={_STEPS}")
-    off = "power-off of n2"
+    moments: list[_Moment] = []
     try:
         while len(struck) < most:
-            name = dice.choice([name for name in _KINDS if name != off or off not in struck])
+            name = dice.choice([name for name in _KINDS if name != _OFF or _OFF not in struck])
             early, later, steps = dice.random() < _EARLY, dice.uniform(0, _BOOT_SECONDS), dice.randint(1, 15)
-            if not _moment(place, run, early, later, steps):
+            moment = _moment(place, run, moments, name, later if early else None, steps)
+            if moment is None:
                 break  # it is done
             with suppress(Exception):  # what it was meant for may be gone
                 _KINDS[name](place, run)
                 struck.append(name)
+                moments.append(moment)
         to_the_end(place, run)
         saved = [pair for pair in itertools.pairwise(place.attempts(run)) if pair[0].outcome == "saved"]
         assert lost(saved) == 0, "steps lost by a planned stop"
     finally:
         give_up(place, run)
-        if off in struck:
+        if _OFF in struck:
             faults.boot("n2")(place)
         faults.whole(place)
 
 
-def _moment(place: Place, run: str, early: bool, seconds: float, steps: int) -> bool:
-    """Wait for the moment to strike; False: the run ends first.
+@dataclass(frozen=True)
+class _Moment:
+    """When a fault struck."""
 
-    After two attempts in a row without a new checkpoint, for one: a third would be the last, as it should.
+    fault: str
+    attempt: int
+    checkpoint: int
+    """The newest one's step."""
+
+
+def _moment(
+    place: Place, run: str, before: Sequence[_Moment], fault: str, early: float | None, steps: int
+) -> _Moment | None:
+    """Wait for the moment to strike, so many seconds into the boot or so many steps after it; None: the run ends first.
+
+    Each fault may cost an attempt, and with a third that makes no checkpoint a run is given up, as it should: after two
+    faults the next waits for a checkpoint.
     """
 
-    def ready() -> bool:
+    def found() -> _Moment | None:
         attempt = next(iter(place.attempts(run)[-1:]), None)
         if attempt is None or attempt.outcome is not None:
-            return False
+            return None
         ranks = [rank for report in place.files(run).reports(attempt.number) for rank in report.ranks]
         if len(ranks) < 4 or any(rank.code is not None for rank in ranks):
-            return False
-        if fruitless(place.attempts(run)[:-1]) >= 2:
-            return place.files(run).newest_step() > attempt.from_step
-        if early:
-            return min(rank.still_seconds for rank in ranks) >= seconds or any(rank.beats for rank in ranks)
-        return min(rank.step or 0 for rank in ranks) >= min(attempt.from_step + steps, _STEPS - 3)
+            return None
+        moment = _Moment(fault, attempt.number, place.files(run).newest_step())
+        if sum(other.checkpoint == moment.checkpoint for other in before) >= 2:
+            return None
+        if any(other.attempt == moment.attempt and _forgets({other.fault, fault}) for other in before):
+            return None
+        if early is not None:
+            booted = min(rank.still_seconds for rank in ranks) >= early or any(rank.beats for rank in ranks)
+            return moment if booted else None
+        reached = min(rank.step or 0 for rank in ranks) >= min(attempt.from_step + steps, _STEPS - 3)
+        return moment if reached else None
 
     def over() -> bool:
         return (place.folder / run / "done").exists() or is_given_up(place, run)
 
-    wait(lambda: over() or ready(), "a moment to strike")
-    return not over()
+    at: list[_Moment] = []
+    wait(lambda: over() or at or at.extend(filter(None, [found()])), "a moment to strike")
+    return at[0] if at else None
+
+
+def _forgets(faults: set[str]) -> bool:
+    """Whether Slurm 22.05 loses the GPUs of a job by these two, one soon after the other, and nothing can help a run.
+
+    A node that dies in a job that Slurm itself is about to requeue: no step of it begins again, and its GPUs are free
+    for no other job, until an administrator says `scontrol reconfigure`.
+    """
+    return _OFF in faults and bool(faults & {"scontrol requeue", "preemption"})
 
 
 @dataclass(frozen=True)

@@ -10,10 +10,10 @@ import pytest
 from click.testing import CliRunner, Result
 
 from launch import heir, slurm
-from launch.drain import DrainWatch
 from launch.folder import Attempt, LaunchFolder, Limits, NodeReport, Plan, RankReport, fruitless, read, write
 from launch.layout import refit
 from launch.look import story
+from launch.notice import Notice
 from launch.slurm import Job, Request, SlurmSilentError, script
 from launch.supervise import Supervisor
 from launch.verdict import judge
@@ -93,24 +93,41 @@ def test_nodes_that_are_drained_are_told_from_others(fake: FakeSlurm) -> None:
     assert Job("5", ("a", "b", "c", "d")).drained() == {"a", "b"}
 
 
-def test_a_drain_is_noticed_beside_the_training_and_an_error_is_no_news() -> None:
-    drained, asked_again = threading.Event(), threading.Event()
-    answers = iter([frozenset(), frozenset({"b"})])
+@pytest.mark.parametrize(
+    ("preempted", "drained", "why"),
+    [
+        ("None", "", None),
+        ("2026-03-01T10:00:05", "", "preemption"),
+        ("2026-03-01T09:00:05", "", None),  # then it was requeued
+        ("None", "echo a drained; echo b draining", "drain of a, b"),
+    ],
+)
+def test_a_job_is_asked_whether_slurm_wants_its_nodes(
+    preempted: str, drained: str, why: str | None, fake: FakeSlurm
+) -> None:
+    page = f"JobState=RUNNING StartTime=2026-03-01T10:00:00 PreemptTime={preempted}"
+    fake(f"case $0 in *scontrol) echo {page};; *sinfo) echo c mixed; {drained or ':'};; esac")
+    assert Job("5", ("a", "b", "c")).notice() == why
 
-    def ask() -> frozenset[str]:
+
+def test_what_slurm_wants_is_noticed_beside_the_training_and_an_error_is_no_news() -> None:
+    wanted, asked_again = threading.Event(), threading.Event()
+    answers = iter([None, "preemption"])
+
+    def ask() -> str | None:
         for answer in answers:
             if answer:
-                assert drained.wait(60)
+                assert wanted.wait(60)
             return answer
         asked_again.set()
         raise LaunchError("no answer")
 
-    with DrainWatch.watching(ask, seconds=0.01) as drain:
-        assert drain.wants() is None
-        drained.set()
+    with Notice.watching(ask, seconds=0.01) as notice:
+        assert notice.why is None
+        wanted.set()
         assert asked_again.wait(60)
         time.sleep(0.05)
-        assert drain.wants() == "drain of b"
+        assert notice.why == "preemption"
 
 
 def test_a_running_job_is_asked_to_save_until_it_is_in_the_queue(
@@ -226,6 +243,38 @@ def test_a_job_that_slurm_takes_away_is_no_attempt_that_failed(
     assert (last.number, last.outcome, last.then) == (3, outcome, then)
     assert "Unable to create step" in (last.cause or "")
     assert fruitless(folder.attempts()) == (2 if outcome == "left" else 3)
+
+
+@pytest.mark.parametrize(
+    ("body", "then", "code"),
+    [
+        ("echo 6", "queued anew as job 6: in job 5 Slurm starts no agent", EXIT_STOPPED),
+        (
+            "echo no such nodes >&2; exit 1",
+            "given up: in job 5 Slurm starts no agent, and Slurm takes no other job: ",
+            1,
+        ),
+    ],
+)
+def test_a_job_in_which_slurm_starts_no_agent_twice_is_left_for_another(
+    body: str,
+    then: str,
+    code: int,
+    fake: FakeSlurm,
+    folder: LaunchFolder,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("launch.supervise._PAUSE_SECONDS", 0.0)
+    asked = fake(f"case $0 in *sbatch) {body};; *) echo JobState=RUNNING ExcNodeList=c;; esac")
+    srun = asked.parent / "bin/srun"
+    srun.write_text("#!/bin/sh\necho srun: error: Invalid generic resource >&2\nexit 1\n")
+    srun.chmod(0o755)
+    supervisor = Supervisor(folder, folder.plan(), Job("5", ("a", "b")))
+    assert supervisor._run(lambda: None) == code
+    first, last = folder.attempts()
+    assert (first.outcome, first.then, last.outcome) == ("unstarted", "started again", "unstarted")
+    assert (last.then or "").startswith(then)
+    assert (read(folder.home / "job.json") == {"job": "6"}) == (code == EXIT_STOPPED)
 
 
 def test_with_too_few_nodes_a_job_that_slurm_takes_away_is_left_to_it(
