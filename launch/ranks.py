@@ -111,13 +111,12 @@ def _catches_sigterm(pid: int) -> bool:
 
 def _end(session: int, grace: float) -> None:
     """Kill what is left of the session after `grace` seconds."""
-    _, alive = psutil.wait_procs(_members(session), timeout=grace)
-    while alive:
+    psutil.wait_procs(_members(session), timeout=grace)
+    while alive := _members(session):  # also what was forked meanwhile
         for process in alive:
             with suppress(psutil.Error):
                 process.kill()
         psutil.wait_procs(alive, timeout=_GRACE_SECONDS)
-        alive = _members(session)  # also what was forked meanwhile
 
 
 def _members(session: int) -> list[psutil.Process]:
