@@ -59,7 +59,7 @@ def test_no_test_file_is_passed_over() -> None:
         env={**os.environ, "PYTEST_ADDOPTS": ""},  # which may ask for other lines
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=True,
     )
     collected = {line.partition("::")[0] for line in done.stdout.splitlines() if "::" in line}
