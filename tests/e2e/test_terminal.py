@@ -25,7 +25,11 @@ def _on_a_terminal(command: list[str], place: Place) -> tuple[int, str]:  # noqa
 
     reader = threading.Thread(target=read)
     reader.start()
-    environment = {**_environment(), "TERM": "xterm-256color", "COLUMNS": "80"}
+    environment = {
+        **_environment(),
+        "TERM": "xterm-256color",
+        "COLUMNS": "120",
+    }  # whatever its speed, a line fits
     process = subprocess.Popen(
         command, cwd=place.folder, env=environment, stderr=theirs, stdout=subprocess.DEVNULL
     )
