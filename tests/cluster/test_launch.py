@@ -66,9 +66,9 @@ def test_a_killed_rank_and_a_halted_one_are_named_and_the_run_goes_on_in_its_all
     place: Place, long: dict[int, float]
 ) -> None:
     place.launch("runs/hurt", "slurm", "--hang-limit", "8", f"train.steps={LONG}")
-    wait(lambda: place.taken("runs/hurt", 1) >= 13, "step 13")
+    wait(lambda: place.taken("runs/hurt", 1) >= 18, "step 18")
     killed = place.kill("runs/hurt", 3, "KILL")
-    wait(lambda: place.taken("runs/hurt", 2) >= 13, "as many steps of the second attempt")
+    wait(lambda: place.taken("runs/hurt", 2) >= 18, "as many steps of the second attempt")
     halted, struck = place.kill("runs/hurt", 2, "STOP"), time.time()
     _to_the_end(place, "runs/hurt", long)
     first, second, third = place.attempts("runs/hurt")

@@ -31,7 +31,7 @@ def test_killed_and_resumed_equals_straight_to_the_bit(place: Place) -> None:  #
     cut = place.folder / "runs/cut"
     process = place.start(
         COMMAND, "runs/cut", "train.steps=100000", *SETTINGS
-    )  # longer than any wait for its kill
+    )  # surely killed before its end
     deadline = time.monotonic() + 240
     while not folders.steps(cut):
         assert process.poll() is None, process.communicate()[1]

@@ -28,8 +28,8 @@ def _on_a_terminal(command: list[str], place: Place) -> tuple[int, str]:  # noqa
     environment = {
         **_environment(),
         "TERM": "xterm-256color",
-        "COLUMNS": "120",
-    }  # whatever its speed, a line fits
+        "COLUMNS": "120",  # a line fits, whatever its speed
+    }
     process = subprocess.Popen(
         command, cwd=place.folder, env=environment, stderr=theirs, stdout=subprocess.DEVNULL
     )
