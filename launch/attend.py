@@ -92,7 +92,7 @@ class Attendance:
             self._show()
             if len(reports) == self.plan.num_nodes and all(report.ended for report in reports):
                 return judge(reports, {}, limits)
-            verdict = judge(reports, silent, limits if stopping_since is None else limits.while_stopping())
+            verdict = judge(reports, silent, limits, stopping=stopping_since is not None)
             if verdict is not None and verdict.outcome == "hung":
                 return self._examine(verdict)
             if verdict is not None:

@@ -44,10 +44,6 @@ class Limits:
     fruitless_attempts: int = 3
     """Failed attempts in a row without a new checkpoint, after which the run is given up."""
 
-    def while_stopping(self) -> "Limits":
-        """Ranks that were asked to stop take no more steps: they save and leave, which is no hang."""
-        return replace(self, hang_seconds=max(self.hang_seconds, self.save_seconds))
-
 
 @dataclass(frozen=True)
 class Plan:

@@ -24,9 +24,16 @@ class Verdict:
 
 
 def judge(
-    reports: Sequence[NodeReport], silent_seconds: Mapping[int, float], limits: Limits
+    reports: Sequence[NodeReport],
+    silent_seconds: Mapping[int, float],
+    limits: Limits,
+    *,
+    stopping: bool = False,
 ) -> Verdict | None:
-    """None while all goes well. `silent_seconds`: for how long each node's agent has said nothing new."""
+    """None while all goes well. `silent_seconds`: for how long each node's agent has said nothing new.
+
+    Ranks that were asked to stop (`stopping`) take no more steps: they save and leave, which is no hang.
+    """
     dead = [
         (rank, report)
         for report in reports
@@ -46,9 +53,12 @@ def judge(
     alive = [rank for report in reports for rank in report.ranks if rank.code is None]
     if alive:
         booting = any(rank.beats == 0 for rank in alive)
-        limit = limits.boot_seconds if booting else limits.hang_seconds
+        step = max(limits.hang_seconds, limits.save_seconds) if stopping else limits.hang_seconds
+        limit = limits.boot_seconds if booting else step
         still = min(rank.still_seconds for rank in alive)
-        if booting and (verdict := _halted(reports, limits.hang_seconds)):
+        if (booting or stopping) and (
+            verdict := _halted(reports, limits.hang_seconds, "boot" if booting else "end")
+        ):
             return verdict
         if still > limit:
             what = "has begun" if booting else "took a step"
@@ -56,8 +66,8 @@ def judge(
     return None
 
 
-def _halted(reports: Sequence[NodeReport], limit: float) -> Verdict | None:
-    """While ranks boot none of them moves in step, but one that is halted by a signal does not move at all.
+def _halted(reports: Sequence[NodeReport], limit: float, when: str) -> Verdict | None:
+    """While ranks boot, or save and leave, they take no steps, but one that is halted by a signal does nothing at all.
 
     A rank that a debugger holds is looked at by somebody, and may boot for as long as any. When a whole job is
     suspended its agents are too, and count nothing.
@@ -66,7 +76,7 @@ def _halted(reports: Sequence[NodeReport], limit: float) -> Verdict | None:
     if not halted:
         return None
     rank, report = max(halted, key=lambda pair: pair[0].halted_seconds)
-    cause = f"it was halted by a signal (SIGSTOP) in its boot, {rank.halted_seconds:.0f} s ago"
+    cause = f"it was halted by a signal (SIGSTOP) in its {when}, {rank.halted_seconds:.0f} s ago"
     return Verdict("hung", f"{cause} (the limit is {limit:.0f} s)", rank.rank, report.host)
 
 

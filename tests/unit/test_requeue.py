@@ -336,11 +336,17 @@ def test_one_agent_alone_queues_a_run_anew_whose_supervisor_is_gone(
     assert read(folder.home / "job.json") == {"job": "6"}
 
 
-def test_a_rank_that_was_asked_to_stop_may_take_long_to_leave() -> None:
+def test_a_rank_that_was_asked_to_stop_may_take_long_to_leave_but_not_halted() -> None:
     limits = Limits(hang_seconds=8.0, save_seconds=60.0)
-    leaving = NodeReport(0, "n1", 1, (RankReport(0, 1, step=3, beats=4, still_seconds=20.0),))
-    assert judge([leaving], {}, limits) is not None
-    assert judge([leaving], {}, limits.while_stopping()) is None
+    leaving = RankReport(0, 1, step=3, beats=4, still_seconds=20.0)
+    report = NodeReport(0, "n1", 1, (leaving,))
+    assert judge([report], {}, limits) is not None
+    assert judge([report], {}, limits, stopping=True) is None
+    halted = RankReport(1, 2, step=3, beats=4, still_seconds=20.0, stopped=True, halted_seconds=8.5)
+    verdict = judge([replace(report, ranks=(leaving, halted))], {}, limits, stopping=True)
+    assert verdict is not None
+    assert (verdict.outcome, verdict.rank, verdict.host) == ("hung", 1, "n1")
+    assert "halted by a signal (SIGSTOP) in its end" in verdict.cause
 
 
 def test_limits_of_earlier_plans_are_read(folder: LaunchFolder) -> None:
