@@ -2,9 +2,11 @@
 
 import datetime
 import faulthandler
+import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,7 @@ def run_ranks(
         )
         for rank in range(world_size)
     ]
+    _come_to_rest()
     for process in ranks:
         process.start()
     deadline = time.monotonic() + timeout_s
@@ -53,6 +56,23 @@ def run_ranks(
             if process.is_alive():
                 process.kill()
             process.join()
+
+
+def _come_to_rest(seconds: float = 5.0) -> None:
+    """Wait until no other thread of this process runs: a lock that it holds when ranks are forked, they find locked.
+
+    A thread that Python has joined may still be about to end, and give back what torch's libraries kept for it.
+    """
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and any(map(_is_running, Path("/proc/self/task").glob("*"))):
+        time.sleep(0.005)
+
+
+def _is_running(task: Path) -> bool:
+    with suppress(OSError):  # it has ended
+        state = (task / "stat").read_text().rpartition(")")[2].split()[0]
+        return task.name != str(threading.get_native_id()) and state in ("R", "D")
+    return False
 
 
 def _one_rank(
