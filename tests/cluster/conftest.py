@@ -1,5 +1,6 @@
 """A testbed of three nodes with Slurm, and a tiny run that can be launched on it. Skipped where no testbed can be."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -198,9 +199,15 @@ def faketime() -> Path | None:
 
 
 def lacking() -> str:
-    """Install what the tests need and this box lacks; why they cannot run, or nothing if they can."""
+    """Install what the tests need and this box lacks, one process at a time; why they cannot run, or nothing."""
     if os.geteuid() != 0:
         return "the tests on a testbed make networks and mounts, for which one must be root"
+    with (Path(tempfile.gettempdir()) / "turnout-packages.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return _install()
+
+
+def _install() -> str:
     missing = {package for tool, package in PACKAGES.items() if shutil.which(tool) is None}
     if faketime() is None:
         missing.add("libfaketime")

@@ -33,13 +33,13 @@ def trained() -> Vocabulary:
 
 
 def peak_bytes(folder: Path, tokenizer: Path, megabytes: int) -> int:
-    """Of the largest process of a preparation with two workers."""
+    """Of the largest process of a preparation with one worker: of two, how files fall to them would count."""
     folder.mkdir()
     found, files = texts(megabytes, megabytes), [folder / f"{number}.jsonl" for number in range(8)]
     for number, path in enumerate(files):
         path.write_text("".join(json.dumps({"text": text}) + "\n" for text in found[number::8]))
     command = [sys.executable, "-m", "data_prep.bench", "one", "turnout prepare, in stages"]
-    arguments = map(str, (tokenizer, folder, 2, *files))
+    arguments = map(str, (tokenizer, folder, 1, *files))
     done = subprocess.run([*command, *arguments], capture_output=True, text=True, check=True, timeout=120)
     peak: int = json.loads(done.stdout.splitlines()[-1])["peak"]
     return peak
