@@ -55,7 +55,7 @@ RECIPE: dict[str, Any] = {
     "parallel": {"expert_parallel_size": 4},
     "checkpoint": {"every_steps": 10},
 }
-LONG = 120
+LONG = 80
 """Steps of a run that is stopped twice on its way."""
 LAYOUT = {
     "local": ["--on", "local", "--ranks-per-node", "4"],

@@ -168,6 +168,10 @@ FAULTS: dict[str, dict[Plant, str]] = {
 }
 
 
+def _all_idle(place: Place) -> None:
+    wait(lambda: set(place.cluster.states().values()) == {"idle"}, "all nodes to be idle", 100)
+
+
 def _finds(place: Place, way: str, faults: dict[Plant, str]) -> None:
     with ExitStack() as planted:
         for plant in faults:
@@ -186,6 +190,7 @@ def test_a_doctor_names_the_host_with_planted_faults(what: str, place: Place) ->
 
 
 def test_through_slurm_a_doctor_finds_the_same(place: Place) -> None:
+    _all_idle(place)  # one that was unplugged a moment ago Slurm may not have heard of since
     _finds(place, "slurm", FAULTS["slow"] | {_fast_clock: "n3: its clock is off by +7."})
 
 
@@ -195,7 +200,7 @@ def test_a_doctor_says_what_slurm_has_against_a_node(place: Place) -> None:
         said = _ask(place, *WAYS["slurm"], code=1)
     finally:
         place.slurm("scontrol", "update", "NodeName=n2", "State=RESUME")
-        wait(lambda: set(place.cluster.states().values()) == {"idle"}, "the node to come back", 100)
+        _all_idle(place)
     assert "n2: Slurm has it drained: broken fan" in said
     assert said.endswith("leave out: n2\n")
 
