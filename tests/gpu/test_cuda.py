@@ -59,7 +59,7 @@ def test_layer_equals_reference(
         ours = found[name]
         assert tensor is not None
         assert ours is not None
-        distance = float((ours.detach().cpu().double() - tensor.detach()).norm() / tensor.norm())
+        distance = float((ours.detach().cpu().double() - tensor.detach()).norm() / tensor.detach().norm())
         assert distance < bound, (name, distance)
 
 
