@@ -6,7 +6,7 @@ BIN := .venv/bin
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
 .DEFAULT_GOAL := help
-.PHONY: help venv demo bench study test test-all test-cluster test-nightly parity check format lock clean
+.PHONY: help venv demo bench study test test-all test-cluster test-chaos test-nightly parity check format lock clean
 
 help:  ## This list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:[^#]*## /\t/' | expand -t 12
@@ -41,8 +41,11 @@ test: venv  ## The tests, with real 2- and 4-process runs, under 15 minutes on 2
 test-all: venv  ## The slow tests that `make test` leaves out
 	$(OFFLINE) $(BIN)/python -m pytest -m "slow and not cluster and not nightly" -n 2 --dist loadfile --no-loadscope-reorder
 
-test-cluster: venv  ## Launches, doctor and 20 random faults on testbeds of namespaces; as root, installs by apt what it lacks
-	$(OFFLINE) $(BIN)/python -m pytest tests/cluster -m "cluster and not nightly" -n 2 --dist loadfile --no-loadscope-reorder
+test-cluster: venv  ## Launches and doctor on a testbed of namespaces; as root, installs by apt what it lacks; on a quiet machine
+	$(OFFLINE) $(BIN)/python -m pytest tests/cluster -m "cluster and not chaos and not nightly"
+
+test-chaos: venv  ## 20 random faults in launched runs on a testbed; as root
+	$(OFFLINE) $(BIN)/python -m pytest tests/cluster -m "chaos and not nightly"
 
 test-nightly: venv  ## What CI has no time for: all layouts, recipes and kills; on a testbed each fault, 20 planned stops, 200 random faults; hours
 	$(OFFLINE) $(BIN)/python -m pytest -m nightly

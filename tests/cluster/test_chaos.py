@@ -5,7 +5,7 @@ import pytest
 from tests.cluster.chaos import storms
 from tests.cluster.conftest import Place
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.chaos]
 
 
 @pytest.mark.parametrize(
