@@ -11,7 +11,6 @@ from moe.errors import LaunchError
 from tests.cluster import faults
 from tests.cluster.conftest import LONG, Place, wait
 from tests.cluster.cost import LIMITS, give_up, to_the_end
-from tests.cluster.faults import whole
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
@@ -96,7 +95,7 @@ def _narrow(place: Place, run: str) -> Iterator[str]:
         yield run
     finally:
         give_up(place, run)
-        whole(place)
+        faults.whole(place)
 
 
 def _leaves_nothing(place: Place, run: str) -> None:
@@ -135,7 +134,7 @@ def test_a_run_comes_back_on_fewer_nodes_and_then_on_more_with_the_same_batch(
     assert _until(near, losses) == pytest.approx(_until(near, long), rel=1e-5)
     # Other sums differ in their last digits: some steps later a near-tie of a router falls to another expert.
     assert losses == pytest.approx(long, rel=5e-3)
-    whole(place)
+    faults.whole(place)
 
 
 def _until(step: int, losses: dict[int, float]) -> dict[int, float]:
