@@ -18,7 +18,7 @@ from tests.unit.failing import BAD
 
 pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(900)]
 
-SECONDS = 57
+SECONDS = 40
 DOUBT_SECONDS = 5
 """For a record to be seen, or a task to begin yet; users' clusters are given more."""
 STAGED = {

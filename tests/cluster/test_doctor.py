@@ -141,14 +141,12 @@ def _ask(place: Place, *options: str, code: int) -> str:
 def test_a_doctor_passes_sound_hosts_every_time_and_in_time(way: str, place: Place) -> None:
     """Twenty runs in a row were tried as well: `TURNOUT_DOCTOR_RUNS=10 make test-cluster`."""
     for _ in range(int(os.environ.get("TURNOUT_DOCTOR_RUNS", "1"))):
-        took: list[float] = []
-        while len(took) < 3 and min(took, default=SECONDS) >= SECONDS:  # slow once is the machine's doing
-            began = time.monotonic()
-            said = _ask(place, *WAYS[way], code=0)
-            took.append(time.monotonic() - began)
-            assert said.endswith("nothing is wrong\n")
-            assert said.count("links") == 3
-        assert min(took) < SECONDS, took
+        began = time.monotonic()
+        said = _ask(place, *WAYS[way], code=0)
+        took = time.monotonic() - began
+        assert said.endswith("nothing is wrong\n")
+        assert said.count("links") == 3
+        assert took < SECONDS
         if way == "slurm":
             assert place.slurm("squeue", "--noheader", "--states=R,PD") == ""
 

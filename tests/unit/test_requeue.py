@@ -51,6 +51,12 @@ def folder(tmp_path: Path) -> LaunchFolder:
     return folder
 
 
+def _refusing(srun: Path, words: str) -> None:
+    """An srun that starts nothing."""
+    srun.write_text(f"#!/bin/sh\necho srun: error: {words} >&2\nexit 1\n")
+    srun.chmod(0o755)
+
+
 def _requeue(folder: LaunchFolder) -> Result:
     return CliRunner().invoke(turnout, ["requeue", str(folder.run)])
 
@@ -230,9 +236,7 @@ def test_a_job_that_slurm_takes_away_is_no_attempt_that_failed(
     """Slurm starts no agent in a job that it preempts, and tells us so a while later."""
     monkeypatch.setattr("launch.supervise._PAUSE_SECONDS", 0.0)
     asked = fake(f"echo JobState={state}")
-    srun = asked.parent / "bin/srun"
-    srun.write_text("#!/bin/sh\necho srun: error: Unable to create step for job 5 >&2\nexit 1\n")
-    srun.chmod(0o755)
+    _refusing(asked.parent / "bin/srun", "Unable to create step for job 5")
     for number in (1, 2):
         folder.attempt_folder(number).mkdir()
         failed = Attempt(number, "t", ("a", "b"), 0.0, 0, ended=1.0, outcome="failed", to_step=0)
@@ -266,9 +270,7 @@ def test_a_job_in_which_slurm_starts_no_agent_twice_is_left_for_another(
 ) -> None:
     monkeypatch.setattr("launch.supervise._PAUSE_SECONDS", 0.0)
     asked = fake(f"case $0 in *sbatch) {body};; *) echo JobState=RUNNING ExcNodeList=c;; esac")
-    srun = asked.parent / "bin/srun"
-    srun.write_text("#!/bin/sh\necho srun: error: Invalid generic resource >&2\nexit 1\n")
-    srun.chmod(0o755)
+    _refusing(asked.parent / "bin/srun", "Invalid generic resource")
     supervisor = Supervisor(folder, folder.plan(), Job("5", ("a", "b")))
     assert supervisor._run(lambda: None) == code
     first, last = folder.attempts()
