@@ -50,9 +50,14 @@ def requeue(run: Path, seconds: float) -> None:
     if job is None or state not in slurm.UNENDED:
         click.echo(f"{run} is queued anew as job {_anew(folder, plan, run)}")
     elif state == "RUNNING":
-        if (state := _save_first(job, run, seconds)) not in slurm.UNENDED:
+        state = _save_first(job, run, seconds)
+        now, saved = job_of(folder), f"newest checkpoint: step {folder.newest_step()}"
+        if now != job:  # it left a node that was lost
+            click.echo(f"{run} is queued anew as job {now}; {saved}")
+        elif state not in slurm.UNENDED:
             raise LaunchError(f"job {job} is {state}, not queued. See `turnout explain {run}`.")
-        click.echo(f"job {job} is back in the queue; newest checkpoint: step {folder.newest_step()}")
+        else:
+            click.echo(f"job {job} is back in the queue; {saved}")
     elif state == "PENDING":
         held = slurm.free(job)
         click.echo(f"job {job} {'was held in the queue and is free' if held else 'is in the queue already'}")

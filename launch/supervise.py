@@ -158,7 +158,7 @@ class Supervisor:
             return self._close(attempt, "stopped; the same launch goes on from here", EXIT_STOPPED)
         if self._is_taken_away():
             return self._close(attempt, "left to Slurm, which ends or requeues the job", EXIT_STOPPED)
-        if attempt.outcome == "lost" and self.bad:
+        if self.bad:  # as long as Slurm itself has not given them up, a requeue would lose the job's GPUs
             return self._queue_anew_without_bad(self.job, attempt)
         return self._requeue(attempt)
 

@@ -101,6 +101,10 @@ def _moment(
     faults the next waits for a checkpoint.
     """
 
+    def settled(earlier: _Moment, later: _Moment) -> bool:
+        off = earlier.fault == _OFF
+        return place.cluster.states()["n2"].startswith("down") if off else earlier.attempt != later.attempt
+
     def found() -> _Moment | None:
         attempt = next(iter(place.attempts(run)[-1:]), None)
         if attempt is None or attempt.outcome is not None:
@@ -111,7 +115,7 @@ def _moment(
         moment = _Moment(fault, attempt.number, place.files(run).newest_step())
         if sum(other.checkpoint == moment.checkpoint for other in before) >= 2:
             return None
-        if any(other.attempt == moment.attempt and _forgets({other.fault, fault}) for other in before):
+        if any(_forgets({other.fault, fault}) and not settled(other, moment) for other in before):
             return None
         if early is not None:
             booted = min(rank.still_seconds for rank in ranks) >= early or any(rank.beats for rank in ranks)
@@ -130,8 +134,8 @@ def _moment(
 def _forgets(faults: set[str]) -> bool:
     """Whether Slurm 22.05 loses the GPUs of a job by these two, one soon after the other, and nothing can help a run.
 
-    A node that dies in a job that Slurm itself is about to requeue: no step of it begins again, and its GPUs are free
-    for no other job, until an administrator says `scontrol reconfigure`.
+    A job that Slurm itself requeues before it has noticed that a node of it is dead: no step of it begins again, and
+    its GPUs are free for no other job, until an administrator says `scontrol reconfigure`.
     """
     return _OFF in faults and bool(faults & {"scontrol requeue", "preemption"})
 

@@ -11,8 +11,9 @@ pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.chaos]
 @pytest.mark.parametrize(
     ("faults", "seed"),
     [
-        pytest.param(20, 1, marks=pytest.mark.timeout(1800)),
-        pytest.param(200, 2, marks=[pytest.mark.nightly, pytest.mark.timeout(14400)]),
+        pytest.param(10, 1, marks=pytest.mark.timeout(1800)),
+        pytest.param(10, 2, marks=pytest.mark.timeout(1800)),
+        pytest.param(200, 3, marks=[pytest.mark.nightly, pytest.mark.timeout(14400)]),
     ],
 )
 def test_random_faults_end_no_run_and_change_no_weights(faults: int, seed: int, place: Place) -> None:

@@ -148,6 +148,38 @@ def test_a_running_job_is_asked_to_save_until_it_is_in_the_queue(
     assert "scancel --signal=USR1 --batch 5" in asked.read_text()
 
 
+def test_a_running_job_that_leaves_a_lost_node_is_told_by_its_new_number(
+    fake: FakeSlurm, folder: LaunchFolder
+) -> None:
+    page = folder.home / "job.json"
+    fake(
+        f'case $0 in *scancel) echo \'{{"job": "6"}}\' > {page};; esac\n'
+        f"grep -q 6 {page} && echo JobState=COMPLETING || echo JobState=RUNNING"
+    )
+    assert "is queued anew as job 6; newest checkpoint: step 0" in _requeue(folder).output
+
+
+@pytest.mark.parametrize(
+    ("outcome", "bad", "then"),
+    [
+        ("saved", set[str](), "requeued"),
+        ("saved", {"b"}, "queued anew as job 6: without b"),
+        ("lost", {"b"}, "queued anew as job 6: without b"),
+    ],
+)
+def test_a_job_that_lost_a_node_leaves_it_also_by_a_planned_stop(
+    outcome: str, bad: set[str], then: str, fake: FakeSlurm, folder: LaunchFolder
+) -> None:
+    """Slurm may not have noticed yet that the node is dead, and a spare has taken its place."""
+    asked = fake("case $0 in *sbatch) echo 6;; *) echo JobState=RUNNING ExcNodeList=c;; esac")
+    folder.attempt_folder(1).mkdir()
+    attempt = Attempt(1, "t", ("a", "c"), 0.0, 0, "5", 1.0, outcome)
+    supervisor = Supervisor(folder, folder.plan(), Job("5", ("a", "b", "c")), bad=bad)
+    assert supervisor._leave(attempt) == EXIT_STOPPED
+    assert folder.attempts()[-1].then == then
+    assert ("scontrol requeue 5" in asked.read_text()) == (not bad)
+
+
 def test_a_job_that_has_ended_is_submitted_anew(fake: FakeSlurm, folder: LaunchFolder) -> None:
     asked = fake("case $* in *--parsable*) echo 6;; *) echo JobState=FAILED;; esac")
     folder.attempt_folder(1).mkdir()
