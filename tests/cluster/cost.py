@@ -131,9 +131,10 @@ def suffer(place: Place, run: str, fault: Fault) -> Cost:
         struck = fault.strike(place, run) or called
         to_the_end(place, run)
     attempts = place.attempts(run)
-    last = attempts[-1]
-    restarted = len(attempts) > 1
-    again = timeline.first(last.began, last.from_step + 1) if restarted else timeline.gap_end(struck)
+    if len(attempts) > 1:
+        again = timeline.first(attempts[1].began, attempts[1].from_step + 1)
+    else:
+        again = timeline.gap_end(struck)
     boot = timeline.first(attempts[0].began, 1) - attempts[0].began
     stopped = (attempts[0].ended or struck) - struck
     return Cost(boot, again - struck, stopped, lost(pairwise(attempts)), tuple(attempts))

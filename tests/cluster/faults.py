@@ -120,7 +120,8 @@ def whole(place: Place) -> None:
     wait(lambda: set(place.cluster.states().values()) == {"idle"}, "all nodes to be idle", 120)
 
 
-_MINUTE = ("--time", "1", "--signal-before", "10")
+_MINUTE = ("--time", "1", "--signal-before", "35")
+"""The least that Slurm knows; ranks that save before they have booted would never be done."""
 FAULTS = {
     fault.name: fault
     for fault in (
@@ -130,7 +131,7 @@ FAULTS = {
         Fault("USR1", usr1, outcome="saved"),
         Fault("scontrol requeue", requeue, outcome="saved"),
         Fault("preemption", preempt, outcome="saved"),
-        Fault("time limit", time_limit, outcome="saved", at=1, options=_MINUTE, steps=200),
+        Fault("time limit", time_limit, outcome="saved", at=1, options=_MINUTE, steps=400),
         Fault("drain", drain, _resume, outcome="saved", steps=150),
         Fault("power-off, with a spare", power_off("n2"), boot("n2"), spares=1, outcome="lost", goal=12.0),
         Fault("power-off, no spare", power_off("n2"), boot("n2"), outcome="lost"),

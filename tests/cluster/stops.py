@@ -26,8 +26,8 @@ _EARLY = 0.25
 """Of the stops, while the ranks boot."""
 _BOOT_SECONDS, _MOST_STEPS = 12.0, 6
 _NOTICE_SECONDS = 15
-"""What is at least left of the time limit when a run is told of it."""
-STEPS_A_STOP = 20
+"""What is left of the time limit; a run is told of it when 10 s are."""
+STEPS_A_STOP = 30
 """Of the whole run; some are taken while the stop is on its way."""
 OVERRIDES = ("train.global_batch_size=32", f"checkpoint.every_steps={10 * STEPS_A_STOP}")
 """Slow steps, and no checkpoint but those of stops."""
@@ -43,11 +43,8 @@ class Stop:
 
 
 def _shorten(place: Place, run: str) -> None:
-    """Its time limit, to the next minute that lets it save; Slurm tells it when it sees fit."""
-    ran = time.time() - place.attempts(run)[-1].began
-    place.slurm(
-        "scontrol", "update", f"JobId={place.job(run)}", f"TimeLimit={int(ran + _NOTICE_SECONDS) // 60 + 1}"
-    )
+    """What is left of its time, to as much as lets it save; Slurm tells it when it sees fit."""
+    place.slurm("scontrol", "update", f"JobId={place.job(run)}", f"EndTime=now+{_NOTICE_SECONDS}")
 
 
 def _lengthen(place: Place, run: str) -> None:
