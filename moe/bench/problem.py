@@ -3,7 +3,8 @@
 T tokens, D width, F expert width, E experts, K choices.
 """
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -66,8 +67,7 @@ class Problem:
         """Weights of unit gain, so that no dtype is favoured by tiny or huge numbers; the same on every device."""
 
         def normal(name: str, *size: int, gain: float = 1.0) -> Tensor:
-            drawn = torch.randn(*size, generator=seed.stream("bench", name)).mul_(gain)
-            return drawn.to(device=device, dtype=dtype)
+            return _normal(seed.stream("bench", name), size, gain).to(device=device, dtype=dtype)
 
         t, d, f, e = shape.tokens, shape.hidden, shape.inner, shape.experts
         gate_EFD, up_EFD = (normal(name, e, f, d, gain=d**-0.5) for name in ("gate", "up"))
@@ -82,6 +82,11 @@ class Problem:
             gate_up_E2FD=torch.cat([gate_EFD, up_EFD], dim=1),
             down_EDF=normal("down", e, d, f, gain=f**-0.5),
         )
+
+    def with_input(self, number: int) -> "Problem":
+        """The same layer with another batch, whose tokens choose otherwise, as in training."""
+        x_TD = _normal(seed.stream("bench x", number), self.x_TD.shape, 1.0)
+        return replace(self, x_TD=x_TD.to(self.x_TD))
 
     def route(self, x_TD: Tensor, router_ED: Tensor) -> tuple[Tensor, Tensor]:
         """(weights [T, K] in x's dtype, ids [T, K]): softmax in float32, K choices, normalised.
@@ -103,6 +108,10 @@ class Problem:
     def choices(self) -> Tensor:
         """Expert ids [T, K] of its own input."""
         return self.route(self.x_TD, self.router_ED)[1]
+
+
+def _normal(generator: torch.Generator, size: Sequence[int], gain: float) -> Tensor:
+    return torch.randn(*size, generator=generator).mul_(gain)
 
 
 @dataclass(frozen=True)

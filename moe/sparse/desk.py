@@ -3,6 +3,7 @@
 M sources, n rows of one expert, D width, F expert width.
 """
 
+import heapq
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,8 +30,14 @@ class Desk:
     Everything at a desk is in the products' dtype; what is narrower is widened when it comes, rounded when it goes.
     """
 
-    def __init__(self, like: Tensor, most_rows: int, width: int, dtype: torch.dtype) -> None:
-        """`like` [M, D]: the sources; `most_rows`: those of the busiest expert; `width`: F; `dtype`: the products'."""
+    def __init__(
+        self, like: Tensor, most_rows: int, width: int, dtype: torch.dtype, rooms: Sequence[str]
+    ) -> None:
+        """`like` [M, D]: the sources; `most_rows`: those of the busiest expert; `width`: F; `dtype`: the products'.
+
+        `rooms` are those to make now; others are made as they are asked for. What a thread that has just begun
+        allocates comes from the kernel, zeroed page by page, so that a desk is better made before it.
+        """
         self.like, self.most_rows, self.width, self.dtype = like, most_rows, width, dtype
         wide = torch.promote_types(like.dtype, torch.float32)
         self.sums_MD = torch.zeros_like(like, dtype=wide)
@@ -38,6 +45,8 @@ class Desk:
         self.rows = 0
         """How many rows the expert at work has."""
         self._buffers: dict[str, Tensor] = {}
+        for name in rooms:
+            self.room(name)
 
     def room(self, name: str) -> Tensor:
         """[rows, width of `name`]; its content is whatever was there."""
@@ -92,8 +101,11 @@ def at_desks(
     like: Tensor,
     width: int,
     dtype: torch.dtype,
+    rooms: Sequence[str],
 ) -> Tensor:
     """Do all jobs, several experts at once where torch may use several threads; the sums, [M, D] as `like`.
+
+    `width`: F; `dtype`: the products'; `rooms`: those that every job asks for.
 
     An expert's products are small: threads inside each of them would wait for each other more than they work.
     """
@@ -101,38 +113,41 @@ def at_desks(
     threads = torch.get_num_threads()
     shares = _shares(jobs, threads)
 
-    def sit(share: Sequence[Job[Payload]]) -> Tensor:
-        desk = Desk(like, most, width, dtype)
+    desks = [Desk(like, most, width, dtype, rooms) for _ in shares]
+
+    def sit(desk: Desk, share: Sequence[Job[Payload]]) -> None:
         for job in share:
             desk.rows = job.num_rows
             work(desk, job.expert, job.rows)
-        return desk.sums_MD
 
+    sums_MD = desks[0].sums_MD
     if len(shares) == 1:
-        return sit(shares[0]).to(like.dtype)
+        sit(desks[0], shares[0])
+        return sums_MD.to(like.dtype)
     inference = torch.is_inference_mode_enabled()
 
-    def sit_alone(share: Sequence[Job[Payload]]) -> Tensor:
+    def sit_alone(desk: Desk, share: Sequence[Job[Payload]]) -> None:
         torch.set_num_threads(1)  # of this thread; that, and modes, a thread has for itself
         with torch.inference_mode(inference), torch.no_grad():
-            return sit(share)
+            sit(desk, share)
 
     with ThreadPoolExecutor(len(shares)) as pool:
-        sums = list(pool.map(sit_alone, shares))
+        list(pool.map(sit_alone, desks, shares))
     torch.set_num_threads(threads)  # what threads to come start with
-    for other in sums[1:]:
-        sums[0] += other
-    return sums[0].to(like.dtype)
+    for other in desks[1:]:
+        sums_MD += other.sums_MD
+    return sums_MD.to(like.dtype)
 
 
 def _shares(jobs: Sequence[Job[Payload]], threads: int) -> list[list[Job[Payload]]]:
-    """Jobs in at most `threads` lists of about as many rows, in order, so that sums are the same every time."""
-    total = sum(job.num_rows for job in jobs)
-    shares: list[list[Job[Payload]]] = [[]]
-    done = 0
-    for job in jobs:
-        if len(shares) < threads and (done + job.num_rows / 2) * threads > total * len(shares):
-            shares.append([])
-        shares[-1].append(job)
-        done += job.num_rows
-    return shares
+    """Jobs in at most `threads` lists of about as many rows: the biggest first, each to who has least so far.
+
+    The same every time, and in order, so that sums are too.
+    """
+    least = [(0, number) for number in range(max(1, min(threads, len(jobs))))]
+    shares: list[list[Job[Payload]]] = [[] for _ in least]
+    for job in sorted(jobs, key=lambda job: -job.num_rows):
+        rows, number = least[0]
+        shares[number].append(job)
+        heapq.heapreplace(least, (rows + job.num_rows, number))
+    return [sorted(share, key=lambda job: job.expert) for share in shares]

@@ -1,6 +1,6 @@
 """All experts in one autograd node, expert by expert: the CPU's way.
 
-M sources, R rows at their experts, n rows of one expert, D width, F expert width.
+M sources, R rows at their experts, P with those that fill up, n rows of one expert, D width, F expert width.
 """
 
 from typing import Any, NamedTuple
@@ -12,6 +12,11 @@ from moe.sparse.activation import GatedUnit
 from moe.sparse.copies import Copies
 from moe.sparse.desk import Desk, Job, at_desks
 from moe.sparse.once import first_derivative_only
+from moe.sparse.padded import Padded
+
+_ROOMS = ("x", "hidden", "out")
+_BACKWARD_ROOMS = ("x", "out", "activated", "hidden", "grad_hidden", "product", "grad_gate_up")
+"""Those that are always asked for."""
 
 
 class LoopedExperts(torch.autograd.Function):
@@ -38,8 +43,9 @@ class LoopedExperts(torch.autograd.Function):
         recompute: bool,
         product_dtype: torch.dtype,
     ) -> Tensor:
-        kept_R2F = None if recompute else source_MD.new_empty(weights_R.numel(), gate_up.shape[1])
-        weights_R = weights_R.to(product_dtype)
+        padded = Padded.of(copies, product_dtype)
+        weights_P = padded.spread(weights_R.to(product_dtype))
+        kept_P2F = None if recompute else source_MD.new_empty(weights_P.numel(), gate_up.shape[1])
 
         def work(desk: Desk, e: int, rows: _Rows) -> None:
             x = desk.copies("x", source_MD, rows.source)
@@ -56,23 +62,25 @@ class LoopedExperts(torch.autograd.Function):
                 out.addr_(rows.weight.squeeze(1), down_bias[e].to(out.dtype))
             desk.add(rows.source, out)
 
-        y_MD = at_desks(work, _jobs(copies, weights_R, kept_R2F), source_MD, down.shape[2], product_dtype)
-        ctx.save_for_backward(source_MD, weights_R, kept_R2F, gate_up, gate_up_bias, down, down_bias)
-        ctx.copies, ctx.unit = copies, unit
+        jobs = _jobs(padded, weights_P, kept_P2F)
+        y_MD = at_desks(work, jobs, source_MD, down.shape[2], product_dtype, _ROOMS)
+        ctx.save_for_backward(source_MD, weights_P, kept_P2F, gate_up, gate_up_bias, down, down_bias)
+        ctx.padded, ctx.unit = padded, unit
         return y_MD
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
-        source_MD, weights_R, kept_R2F, gate_up, gate_up_bias, down, down_bias = ctx.saved_tensors
+        source_MD, weights_P, kept_P2F, gate_up, gate_up_bias, down, down_bias = ctx.saved_tensors
+        padded: Padded = ctx.padded
         unit: GatedUnit = ctx.unit
         grad_MD = grad_MD.contiguous()
-        wide = torch.promote_types(weights_R.dtype, torch.float32)
-        grad_weights_R = torch.empty_like(weights_R, dtype=wide)
+        wide = torch.promote_types(weights_P.dtype, torch.float32)
+        grad_weights_P = torch.empty_like(weights_P, dtype=wide)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         grad_gate_up_bias = None if gate_up_bias is None else torch.zeros_like(gate_up_bias)
         grad_down_bias = None if down_bias is None else torch.zeros_like(down_bias)
-        for e in (e for e, count in enumerate(ctx.copies.rows_per_bucket) if not count):
+        for e in (e for e, count in enumerate(padded.rows_per_bucket) if not count):
             grad_gate_up[e].zero_()
             grad_down[e].zero_()
 
@@ -104,10 +112,10 @@ class LoopedExperts(torch.autograd.Function):
                 grad_gate_up_bias[e] = grad_both.sum(0)
             desk.add(rows.source, torch.mm(grad_both, desk.weight(gate_up[e]), out=grad_out))
 
-        jobs = _jobs(ctx.copies, weights_R, kept_R2F, grad_weights_R)
-        grad_source_MD = at_desks(work, jobs, source_MD, down.shape[2], weights_R.dtype)
+        jobs = _jobs(padded, weights_P, kept_P2F, grad_weights_P)
+        grad_source_MD = at_desks(work, jobs, source_MD, down.shape[2], weights_P.dtype, _BACKWARD_ROOMS)
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)
-        return grad_source_MD, grad_weights_R, *grads, None, None, None, None
+        return grad_source_MD, padded.gather(grad_weights_P), *grads, None, None, None, None
 
 
 class _Rows(NamedTuple):
@@ -121,15 +129,15 @@ class _Rows(NamedTuple):
 
 
 def _jobs(
-    copies: Copies, weights_R: Tensor, gate_up_R2F: Tensor | None, grad_weights_R: Tensor | None = None
+    padded: Padded, weights_P: Tensor, gate_up_P2F: Tensor | None, grad_weights_P: Tensor | None = None
 ) -> list[Job[_Rows]]:
     """One for every expert that has rows."""
-    counts = copies.rows_per_bucket
-    grads = weights_R if grad_weights_R is None else grad_weights_R
+    counts = padded.rows_per_bucket
+    grads = weights_P if grad_weights_P is None else grad_weights_P
     pieces = zip(
-        copies.source_of_row_R.split(counts),
-        weights_R.unsqueeze(1).split(counts),
-        [None] * len(counts) if gate_up_R2F is None else gate_up_R2F.split(counts),
+        padded.source_of_row_P.split(counts),
+        weights_P.unsqueeze(1).split(counts),
+        [None] * len(counts) if gate_up_P2F is None else gate_up_P2F.split(counts),
         grads.split(counts),
         strict=True,
     )
