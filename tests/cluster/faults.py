@@ -139,7 +139,7 @@ FAULTS = {
         Fault("link down for 3 s", unplug(3.0), whole, outcome="done"),
         Fault("link down for 40 s", unplug(40.0), whole, outcome="hung"),
         Fault("slurmd killed for 3 s", kill_daemon("n2", "slurmd", 3.0), whole, outcome="done"),
-        Fault("slurmd killed for 40 s", kill_daemon("n2", "slurmd", 40.0), whole, outcome="done", steps=200),
+        Fault("slurmd killed for 40 s", kill_daemon("n2", "slurmd", 40.0), whole, outcome="done", steps=600),
         Fault("slurmctld restarted", kill_daemon(CONTROLLER, "slurmctld", 3.0), whole, outcome="done"),
     )
 }
