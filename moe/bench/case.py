@@ -2,11 +2,14 @@
 
 import os
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 
 from moe.bench.problem import PRESETS, RoutingKind, Shape
 from moe.errors import ConfigError
+
+BatchKind = Literal["same", "new"]
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -30,6 +33,8 @@ class Case:
     """Rounds before those that count."""
     steps: int
     """Steps of a contender in a round; their mean counts."""
+    batches: BatchKind = "same"
+    """Whether all rounds have the same batch, or each a new one."""
 
 
 def make_case(
@@ -41,6 +46,7 @@ def make_case(
     routing: RoutingKind = "real",
     rounds: int | None = None,
     warmup: int | None = None,
+    batches: BatchKind = "same",
 ) -> Case:
     """What to compare, with defaults by device.
 
@@ -66,6 +72,7 @@ def make_case(
         rounds=usual["rounds"] if rounds is None else rounds,
         warmup=usual["warmup"] if warmup is None else warmup,
         steps=usual["steps"],
+        batches=batches,
     )
 
 

@@ -1,7 +1,7 @@
 """Contenders on one problem -> their lines: numbers checked, memory measured, times taken in turn.
 
-Ratios count, not seconds: every round runs each contender once, in an order of its own, on a batch of its own, and a
-ratio is a time over the dense limit's in the same round, so that what disturbs the machine disturbs all.
+Ratios count, not seconds: every round runs each contender once, in an order of its own, and a ratio is a time over
+the dense limit's in the same round, so that what disturbs the machine disturbs all.
 """
 
 import gc
@@ -176,7 +176,7 @@ def _race(
     rounds = range(-case.warmup, case.rounds)
     for number in track(rounds, description="rounds", console=Console(stderr=True), transient=True):
         order = torch.randperm(len(checked), generator=seed.stream("bench order", number)).tolist()
-        batch = problem.with_input(number)
+        batch = problem.with_input(number) if case.batches == "new" else problem
         for one in (checked[place] for place in order):
             if one.entry is not OURS and _is_slow(times[one.entry.name], times[LIMIT.name], case.steps):
                 continue

@@ -14,7 +14,7 @@ import torch
 
 from moe import figures, log
 from moe.bench import machine, page, table
-from moe.bench.case import DTYPES, Case, make_case
+from moe.bench.case import DTYPES, BatchKind, Case, make_case
 from moe.bench.compare import Report, compare
 from moe.bench.peers import select
 from moe.bench.problem import PRESETS, RoutingKind
@@ -30,6 +30,12 @@ from moe.errors import clean_exit
 @click.option("--top-k", type=click.IntRange(min=1))
 @click.option(
     "--routing", type=click.Choice(["real", "forced"]), default="real", help="Forced: all loads equal."
+)
+@click.option(
+    "--batches",
+    type=click.Choice(["same", "new"]),
+    default="same",
+    help="For each round. New: loads that a library has not seen yet, as early in training.",
 )
 @click.option("--dtype", type=click.Choice(list(DTYPES)), default="fp32", show_default=True)
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), help="CUDA if there is a device, if not given.")
@@ -50,6 +56,7 @@ from moe.errors import clean_exit
 def command(
     preset: str,
     routing: RoutingKind,
+    batches: BatchKind,
     dtype: str,
     device: str | None,
     threads: int | None,
@@ -70,7 +77,14 @@ def command(
         log.setup()
         shape = replace(PRESETS[preset], **{name: size for name, size in sizes.items() if size is not None})
         case = make_case(
-            shape, dtype=dtype, device=device, threads=threads, routing=routing, rounds=rounds, warmup=warmup
+            shape,
+            dtype=dtype,
+            device=device,
+            threads=threads,
+            routing=routing,
+            rounds=rounds,
+            warmup=warmup,
+            batches=batches,
         )
         machine.check_allocator(allocator, case.device)
         entries = select(only, skip)
@@ -91,8 +105,9 @@ def _title(case: Case, allocator: str) -> str:
     where = f"threads: {torch.get_num_threads()}, {allocator} allocator"
     if case.device.type == "cuda":
         where = torch.cuda.get_device_name(case.device)
-    sizes = asdict(case.shape).items()
-    return f"{case.dtype}, {case.routing} routing, {where}, {', '.join(f'{name} {size}' for name, size in sizes)}"
+    sizes = ", ".join(f"{name} {size}" for name, size in asdict(case.shape).items())
+    batches = "the same batch" if case.batches == "same" else "new batches"
+    return f"{case.dtype}, {case.routing} routing, {batches}, {where}, {sizes}"
 
 
 def _judge(case: Case, report: Report) -> None:
@@ -111,6 +126,7 @@ def main() -> None:
     """The command, in a process that has the allocator asked for."""
     arguments = sys.argv[1:]
     machine.restart_with(_allocator_asked_for(arguments), "moe.bench.layer", arguments)
+    machine.keep_kernels()
     command()
 
 

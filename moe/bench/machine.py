@@ -44,6 +44,14 @@ def restart_with(allocator: str, module: str, arguments: Sequence[str]) -> None:
         os.execve(sys.executable, command, {**kept, **ALLOCATORS[allocator]})  # noqa: S606  no shell
 
 
+def keep_kernels() -> None:
+    """Let oneDNN, which reads this at its first product, keep the kernels of all contenders, not the last 1024.
+
+    Each makes hundreds of its own in bf16, and would take the others' away, as none does that runs alone.
+    """
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "16384")
+
+
 def check_allocator(allocator: str, device: torch.device) -> None:
     """Raises `ConfigError`: settings that this process does not have, or that would have no effect."""
     if _settings(os.environ) != ALLOCATORS[allocator]:

@@ -20,6 +20,7 @@ from moe.bench.peers import ENTRIES, LIMIT, OURS, Contender, Entry, Unavailable
 from moe.bench.peers.hf import batched_mm
 from moe.bench.peers.ours import Ours
 from moe.bench.problem import Problem, Shape
+from moe.bench.step import timed
 from moe.errors import ConfigError
 
 SHAPE = Shape(tokens=64, hidden=32, inner=16, experts=8, top_k=2)
@@ -66,6 +67,20 @@ def test_every_contender_solves_the_same_problem(dtype: str, routing: str, tmp_p
     assert page["matmul_flops_per_s"] > 1e6
     assert page["machine"]["versions"]["torch"] == torch.__version__
     assert page["machine"]["cpu"]
+
+
+@pytest.mark.parametrize(("batches", "different"), [("same", 1), ("new", 3)])
+def test_rounds_have_one_batch_or_each_its_own(
+    batches: Any, different: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(
+        "moe.bench.compare.timed",
+        lambda contender, problem, steps: seen.append(problem.x_TD) or timed(contender, problem, steps),
+    )
+    compare(make_case(SHAPE, dtype="fp32", device="cpu", rounds=3, batches=batches), (LIMIT, OURS))
+    assert len(seen) == 6  # two contenders take each round's
+    assert len({x.numpy().tobytes() for x in seen}) == different
 
 
 class OneExpertOff(Ours):
