@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import click
 
 from launch.testbed.machines import CONTROLLER
+from moe.errors import LaunchError
 from tests.cluster import faults
 from tests.cluster.conftest import Place, wait
 from tests.cluster.cost import LIMITS, a_place, give_up, is_given_up, lost, to_the_end, undisturbed
@@ -102,8 +103,12 @@ def _moment(
     """
 
     def settled(earlier: _Moment, later: _Moment) -> bool:
-        off = earlier.fault == _OFF
-        return place.cluster.states()["n2"].startswith("down") if off else earlier.attempt != later.attempt
+        if earlier.fault != _OFF:
+            return earlier.attempt != later.attempt
+        try:
+            return place.cluster.states()["n2"].startswith("down")
+        except LaunchError:  # slurmctld does not answer yet
+            return False
 
     def found() -> _Moment | None:
         attempt = next(iter(place.attempts(run)[-1:]), None)
