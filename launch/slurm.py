@@ -3,7 +3,7 @@
 import os
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from launch.folder import LaunchFolder, Plan
@@ -122,9 +122,19 @@ class Job:
 
         Raises `LaunchError`.
         """
+        return frozenset(node for node, state in self._states().items() if state.startswith("drain"))
+
+    def has_given_up(self, nodes: Iterable[str]) -> bool:
+        """Whether Slurm has noticed of all these, which are its nodes, that they are dead.
+
+        Raises `LaunchError` if slurmctld is silent for long.
+        """
+        states = slurm.patiently(self._states)
+        return all(states.get(node, "").startswith("down") for node in nodes)
+
+    def _states(self) -> dict[str, str]:
         said = slurm.ask("sinfo", "--noheader", "-N", "-n", ",".join(self.nodes), "-o", "%N %T")
-        states = dict(line.split() for line in said.splitlines())
-        return frozenset(node for node, state in states.items() if state.startswith("drain"))
+        return dict(line.split() for line in said.splitlines())
 
 
 def check_time(limit: str, signal_seconds: int) -> None:

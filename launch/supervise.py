@@ -12,6 +12,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -158,8 +159,10 @@ class Supervisor:
             return self._close(attempt, "stopped; the same launch goes on from here", EXIT_STOPPED)
         if self._is_taken_away():
             return self._close(attempt, "left to Slurm, which ends or requeues the job", EXIT_STOPPED)
-        if self.bad:  # as long as Slurm itself has not given them up, a requeue would lose the job's GPUs
-            return self._queue_anew_without_bad(self.job, attempt)
+        # A requeue that comes before Slurm has noticed loses the job's GPUs; but it may have no other nodes to give.
+        if self.bad and not self.job.has_given_up(self.bad):
+            with suppress(LaunchError):
+                return self._queue_as_another(self.job, attempt, self._without_bad())
         return self._requeue(attempt)
 
     def _give_up_nodes(self) -> int:
@@ -169,19 +172,23 @@ class Supervisor:
             return self._close(attempt, f"given up: without {without} there are too few nodes", EXIT_FAILED)
         if self._is_taken_away():
             return self._leave(attempt)
-        return self._queue_anew_without_bad(self.job, attempt)
+        return self._queue_anew(self.job, attempt, self._without_bad())
 
-    def _queue_anew_without_bad(self, job: Job, attempt: Attempt) -> int:
-        return self._queue_anew(job, attempt, f"without {', '.join(sorted(self.bad))}")
+    def _without_bad(self) -> str:
+        return f"without {', '.join(sorted(self.bad))}"
 
     def _queue_anew(self, job: Job, attempt: Attempt, why: str) -> int:
-        """As another job; never again on nodes that are bad."""
+        """As another job, or not at all."""
         try:
-            other = job.submit_without(str(self.folder.home / "job.sbatch"), sorted(self.bad))
+            return self._queue_as_another(job, attempt, why)
         except LaunchError as error:
             return self._close(
                 attempt, f"given up: {why}, and Slurm takes no other job: {error}", EXIT_FAILED
             )
+
+    def _queue_as_another(self, job: Job, attempt: Attempt, why: str) -> int:
+        """Never again on nodes that are bad. Raises `LaunchError`: Slurm takes no other job."""
+        other = job.submit_without(str(self.folder.home / "job.sbatch"), sorted(self.bad))
         write(self.folder.home / "job.json", {"job": other})
         return self._close(attempt, f"queued anew as job {other}: {why}", EXIT_STOPPED)
 

@@ -102,7 +102,8 @@ def kept_by_experts(config: ModelConfig, precision: Precision, recompute: str) -
     """Bytes of activations that routed experts keep for backward, per token of a micro-batch, over all layers.
 
     The pre-activations of gate and up, 2 F for each of K choices; nothing when they are recomputed, by experts
-    or with their whole block. Tokens are read where they are, and outputs are not kept at all.
+    or with their whole block. Tokens are read where they are, and outputs are not kept at all. Rows that fill up an
+    expert's share (see `moe.sparse.padded`: one in 32, or 7, at most) are not in it.
     """
     if config.moe is None or recompute != "none":
         return 0

@@ -16,6 +16,7 @@ import click
 import psutil
 
 from launch.testbed.machines import CONTROLLER
+from moe.errors import LaunchError
 from tests.cluster.conftest import Place, wait
 from tests.cluster.cost import Fault, a_place, suffer, undisturbed
 
@@ -117,7 +118,13 @@ def kill_daemon(machine: str, name: str, seconds: float) -> Callable[[Place, str
 
 
 def whole(place: Place) -> None:
-    wait(lambda: set(place.cluster.states().values()) == {"idle"}, "all nodes to be idle", 120)
+    def idle() -> bool:
+        try:
+            return set(place.cluster.states().values()) == {"idle"}
+        except LaunchError:  # slurmctld does not answer yet
+            return False
+
+    wait(idle, "all nodes to be idle", 120)
 
 
 _MINUTE = ("--time", "1", "--signal-before", "35")

@@ -170,9 +170,17 @@ def test_bf16_is_near_the_formula_whatever_its_products_are_in(
         assert float((kept.double() - exact).norm()) <= error * float(exact.norm()), name
 
 
-@pytest.mark.parametrize("node", [_loop(torch.float32), GROUPED], ids=["loop", "grouped"])
-def test_choices_that_are_not_made_get_nothing(node: Any) -> None:
-    experts = _experts(UNITS["gpt_oss"], True, torch.float32)
+@pytest.mark.parametrize(
+    ("node", "dtype"),
+    [
+        (_loop(torch.float32), torch.float32),
+        (_loop(torch.bfloat16), torch.bfloat16),
+        (GROUPED, torch.float32),
+    ],
+    ids=["loop", "filled-up loop", "grouped"],
+)
+def test_choices_that_are_not_made_get_nothing(node: Any, dtype: torch.dtype) -> None:
+    experts = _experts(UNITS["gpt_oss"], True, dtype)
     made = torch.tensor([[True, False], [False, False], [True, True], [False, True], [True, True]])
     found = _run(node, experts, LOADS["uneven"], made)
     assert found["y"] is not None

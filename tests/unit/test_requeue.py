@@ -160,24 +160,28 @@ def test_a_running_job_that_leaves_a_lost_node_is_told_by_its_new_number(
 
 
 @pytest.mark.parametrize(
-    ("outcome", "bad", "then"),
+    ("bad", "state", "sbatch", "then"),
     [
-        ("saved", set[str](), "requeued"),
-        ("saved", {"b"}, "queued anew as job 6: without b"),
-        ("lost", {"b"}, "queued anew as job 6: without b"),
+        (set[str](), "mixed", "echo 6", "requeued"),
+        ({"b"}, "mixed", "echo 6", "queued anew as job 6: without b"),
+        ({"b"}, "down*", "echo 6", "requeued"),  # a requeue waits for no dead node then
+        ({"b"}, "mixed", "echo too few nodes >&2; exit 1", "requeued"),
     ],
 )
-def test_a_job_that_lost_a_node_leaves_it_also_by_a_planned_stop(
-    outcome: str, bad: set[str], then: str, fake: FakeSlurm, folder: LaunchFolder
+@pytest.mark.parametrize("outcome", ["saved", "lost"])
+def test_a_planned_stop_leaves_a_node_that_died_if_slurm_has_not_noticed_yet(
+    outcome: str, bad: set[str], state: str, sbatch: str, then: str, fake: FakeSlurm, folder: LaunchFolder
 ) -> None:
-    """Slurm may not have noticed yet that the node is dead, and a spare has taken its place."""
-    asked = fake("case $0 in *sbatch) echo 6;; *) echo JobState=RUNNING ExcNodeList=c;; esac")
+    asked = fake(
+        f"case $0 in *sbatch) {sbatch};; *sinfo) echo a mixed; echo 'b {state}';; "
+        "*) echo JobState=RUNNING ExcNodeList=c;; esac"
+    )
     folder.attempt_folder(1).mkdir()
     attempt = Attempt(1, "t", ("a", "c"), 0.0, 0, "5", 1.0, outcome)
     supervisor = Supervisor(folder, folder.plan(), Job("5", ("a", "b", "c")), bad=bad)
     assert supervisor._leave(attempt) == EXIT_STOPPED
     assert folder.attempts()[-1].then == then
-    assert ("scontrol requeue 5" in asked.read_text()) == (not bad)
+    assert ("scontrol requeue 5" in asked.read_text()) == (then == "requeued")
 
 
 def test_a_job_that_has_ended_is_submitted_anew(fake: FakeSlurm, folder: LaunchFolder) -> None:
