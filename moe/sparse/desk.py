@@ -5,12 +5,14 @@ M sources, n rows of one expert, D width, F expert width.
 
 import heapq
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Generic, TypeVar
 
 import torch
 from torch import Tensor
+
+from moe.sparse.team import together
 
 Payload = TypeVar("Payload")
 
@@ -110,9 +112,7 @@ def at_desks(
     An expert's products are small: threads inside each of them would wait for each other more than they work.
     """
     most = max((job.num_rows for job in jobs), default=0)
-    threads = torch.get_num_threads()
-    shares = _shares(jobs, threads)
-
+    shares = _shares(jobs, torch.get_num_threads())
     desks = [Desk(like, most, width, dtype, rooms) for _ in shares]
 
     def sit(desk: Desk, share: Sequence[Job[Payload]]) -> None:
@@ -120,20 +120,8 @@ def at_desks(
             desk.rows = job.num_rows
             work(desk, job.expert, job.rows)
 
+    together([partial(sit, desk, share) for desk, share in zip(desks, shares, strict=True)])
     sums_MD = desks[0].sums_MD
-    if len(shares) == 1:
-        sit(desks[0], shares[0])
-        return sums_MD.to(like.dtype)
-    inference = torch.is_inference_mode_enabled()
-
-    def sit_alone(desk: Desk, share: Sequence[Job[Payload]]) -> None:
-        torch.set_num_threads(1)  # of this thread; that, and modes, a thread has for itself
-        with torch.inference_mode(inference), torch.no_grad():
-            sit(desk, share)
-
-    with ThreadPoolExecutor(len(shares)) as pool:
-        list(pool.map(sit_alone, desks, shares))
-    torch.set_num_threads(threads)  # what threads to come start with
     for other in desks[1:]:
         sums_MD += other.sums_MD
     return sums_MD.to(like.dtype)
