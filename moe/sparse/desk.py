@@ -12,6 +12,7 @@ from typing import Generic, TypeVar
 import torch
 from torch import Tensor
 
+from moe.sparse.activation import GatedUnit
 from moe.sparse.team import together
 
 Payload = TypeVar("Payload")
@@ -30,19 +31,27 @@ class Desk:
     """Where one thread works: room for one expert's rows, used again for the next, and its share of the sums.
 
     Everything at a desk is in the products' dtype; what is narrower is widened when it comes, rounded when it goes.
+    What happens to rows between products is done by torch's own operations, one after the other.
     """
+
+    forward_rooms: tuple[str, ...] = ("x", "hidden", "out")
+    backward_rooms: tuple[str, ...] = (
+        *("x", "out", "grad_hidden", "grad_gate_up"),
+        *("activated", "hidden", "product"),
+    )
+    """Those that are always asked for."""
 
     def __init__(
         self, like: Tensor, most_rows: int, width: int, dtype: torch.dtype, rooms: Sequence[str]
     ) -> None:
         """`like` [M, D]: the sources; `most_rows`: those of the busiest expert; `width`: F; `dtype`: the products'.
 
-        `rooms` are those to make now; others are made as they are asked for. What a thread that has just begun
-        allocates comes from the kernel, zeroed page by page, so that a desk is better made before it.
+        `rooms` are those to make now; others are made as they are asked for. What a thread that works beside others
+        allocates may come from the kernel, zeroed page by page, so that a desk is better made before it.
         """
         self.like, self.most_rows, self.width, self.dtype = like, most_rows, width, dtype
         wide = torch.promote_types(like.dtype, torch.float32)
-        self.sums_MD = torch.zeros_like(like, dtype=wide)
+        self.sums_MD = torch.zeros_like(like, dtype=wide, memory_format=torch.contiguous_format)
         """At least float32, so that bf16 rounds once."""
         self.rows = 0
         """How many rows the expert at work has."""
@@ -63,6 +72,35 @@ class Desk:
         narrow = self._room("narrow", of_MD.shape[1], of_MD.dtype)
         return self.room(name).copy_(torch.index_select(of_MD, 0, source, out=narrow))
 
+    def add(self, source: Tensor, rows: Tensor) -> None:
+        """Add `rows` [n, D] to the sums of their sources."""
+        if rows.dtype != self.sums_MD.dtype:
+            rows = self._room("wide", rows.shape[1], self.sums_MD.dtype).copy_(rows)
+        self.sums_MD.index_add_(0, source, rows)
+
+    def activate(self, unit: GatedUnit, gate_up: Tensor, weight: Tensor) -> Tensor:
+        """The unit's output of `gate_up` [n, 2F] times `weight` [n]: [n, F]."""
+        gate, up = gate_up.chunk(2, dim=1)
+        h = unit.activate(gate, self.room("hidden"))
+        return unit.scale(h, up, h).mul_(_column(weight, h))
+
+    def differentiate(
+        self, unit: GatedUnit, gate_up: Tensor, weight: Tensor, grad: Tensor, grad_weight: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(what `activate` returned, the gradient of `gate_up`), from `grad` [n, F], the gradient of what `activate`
+        returned without the weight. Overwrites `grad`, and writes the weight's gradient to `grad_weight` [n].
+        """
+        gate, up = gate_up.chunk(2, dim=1)
+        sigmoid = self.room("sigmoid") if self.dtype.itemsize >= torch.float32.itemsize else None
+        activated = unit.activate(gate, self.room("activated"), sigmoid)
+        h = unit.scale(activated, up, self.room("hidden"))
+        product = torch.mul(grad, h, out=self.room("product"))
+        torch.sum(product, 1, dtype=grad_weight.dtype, out=grad_weight)
+        grad_gate_up = self.room("grad_gate_up")
+        grad_gate, grad_up = grad_gate_up.chunk(2, dim=1)
+        unit.backward(gate, up, activated, grad.mul_(_column(weight, grad)), grad_gate, grad_up, sigmoid)
+        return h.mul_(_column(weight, h)), grad_gate_up
+
     def rows_of(self, name: str, kept: Tensor) -> Tensor:
         """`kept` itself, or widened in the room of that name."""
         return kept if kept.dtype == self.dtype else self.room(name).copy_(kept)
@@ -78,12 +116,6 @@ class Desk:
         else:
             out.copy_(torch.mm(a, b, out=self._weight_room(out.shape)))
 
-    def add(self, source: Tensor, rows: Tensor) -> None:
-        """Add `rows` [n, D] to the sums of their sources."""
-        if rows.dtype != self.sums_MD.dtype:
-            rows = self._room("wide", rows.shape[1], self.sums_MD.dtype).copy_(rows)
-        self.sums_MD.index_add_(0, source, rows)
-
     def _room(self, name: str, width: int, dtype: torch.dtype) -> Tensor:
         if name not in self._buffers:
             self._buffers[name] = self.like.new_empty(self.most_rows, width, dtype=dtype)
@@ -97,23 +129,26 @@ class Desk:
         return self._buffers["weight"][: shape.numel()].view(shape)
 
 
+def _column(weight: Tensor, like: Tensor) -> Tensor:
+    """[n] -> [n, 1] in the dtype of `like`."""
+    return weight.to(like.dtype).unsqueeze(1)
+
+
 def at_desks(
     work: Callable[[Desk, int, Payload], None],
     jobs: Sequence[Job[Payload]],
     like: Tensor,
-    width: int,
-    dtype: torch.dtype,
-    rooms: Sequence[str],
+    make: Callable[[int], Desk],
 ) -> Tensor:
     """Do all jobs, several experts at once where torch may use several threads; the sums, [M, D] as `like`.
 
-    `width`: F; `dtype`: the products'; `rooms`: those that every job asks for.
+    `make`: a desk with room for so many rows.
 
     An expert's products are small: threads inside each of them would wait for each other more than they work.
     """
     most = max((job.num_rows for job in jobs), default=0)
     shares = _shares(jobs, torch.get_num_threads())
-    desks = [Desk(like, most, width, dtype, rooms) for _ in shares]
+    desks = [make(most) for _ in shares]
 
     def sit(desk: Desk, share: Sequence[Job[Payload]]) -> None:
         for job in share:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe.sparse.activation import GatedUnit
+from moe.sparse.compiled import desk_for
 from moe.sparse.copies import Copies
 from moe.sparse.grouped import GroupedExperts, fits
 from moe.sparse.looped import LoopedExperts
@@ -64,5 +65,6 @@ class Experts(nn.Module):
         if fits(rows.source_MD, self.gate_up, self.down):
             y_MD = GroupedExperts.apply(*arguments)
         else:
-            y_MD = LoopedExperts.apply(*arguments, product_dtype(rows.source_MD))
+            products = product_dtype(rows.source_MD)
+            y_MD = LoopedExperts.apply(*arguments, products, desk_for(rows.source_MD, products))
         return y_MD

@@ -14,10 +14,6 @@ from moe.sparse.desk import Desk, Job, at_desks
 from moe.sparse.once import first_derivative_only
 from moe.sparse.padded import Padded
 
-_ROOMS = ("x", "hidden", "out")
-_BACKWARD_ROOMS = ("x", "out", "activated", "hidden", "grad_hidden", "product", "grad_gate_up")
-"""Those that are always asked for."""
-
 
 class LoopedExperts(torch.autograd.Function):
     """y_m = sum over the rows r of source m of w_r (down_e unit(gate_up_e x_m)), e the expert of row r.
@@ -42,9 +38,12 @@ class LoopedExperts(torch.autograd.Function):
         unit: GatedUnit,
         recompute: bool,
         product_dtype: torch.dtype,
+        desk: type[Desk],
     ) -> Tensor:
+        source_MD = source_MD.contiguous()
         padded = Padded.of(copies, product_dtype)
-        weights_P = padded.spread(weights_R.to(product_dtype))
+        padded.check(len(source_MD))
+        weights_P = padded.spread(weights_R.to(torch.promote_types(product_dtype, torch.float32)))
         kept_P2F = None if recompute else source_MD.new_empty(weights_P.numel(), gate_up.shape[1])
 
         def work(desk: Desk, e: int, rows: _Rows) -> None:
@@ -54,18 +53,20 @@ class LoopedExperts(torch.autograd.Function):
             _linear(x, desk.weight(gate_up[e]), gate_up_bias, e, both)
             if kept is not None and kept is not both:
                 kept.copy_(both)
-            gate, up = both.chunk(2, dim=1)
-            h = unit.activate(gate, desk.room("hidden"))
-            h = unit.scale(h, up, h).mul_(rows.weight)
+            h = desk.activate(unit, both, rows.weight)
             out = torch.mm(h, desk.weight(down[e]).t(), out=desk.room("out"))
             if down_bias is not None:
-                out.addr_(rows.weight.squeeze(1), down_bias[e].to(out.dtype))
+                out.addr_(rows.weight.to(out.dtype), down_bias[e].to(out.dtype))
             desk.add(rows.source, out)
 
+        def make(most_rows: int) -> Desk:
+            return desk(source_MD, most_rows, down.shape[2], product_dtype, desk.forward_rooms)
+
         jobs = _jobs(padded, weights_P, kept_P2F)
-        y_MD = at_desks(work, jobs, source_MD, down.shape[2], product_dtype, _ROOMS)
+        y_MD = at_desks(work, jobs, source_MD, make)
         ctx.save_for_backward(source_MD, weights_P, kept_P2F, gate_up, gate_up_bias, down, down_bias)
-        ctx.padded, ctx.unit = padded, unit
+        ctx.padded, ctx.unit, ctx.product_dtype = padded, unit, product_dtype
+        ctx.desk = desk
         return y_MD
 
     @staticmethod
@@ -75,8 +76,7 @@ class LoopedExperts(torch.autograd.Function):
         padded: Padded = ctx.padded
         unit: GatedUnit = ctx.unit
         grad_MD = grad_MD.contiguous()
-        wide = torch.promote_types(weights_P.dtype, torch.float32)
-        grad_weights_P = torch.empty_like(weights_P, dtype=wide)
+        grad_weights_P = torch.empty_like(weights_P)
         grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
         grad_gate_up_bias = None if gate_up_bias is None else torch.zeros_like(gate_up_bias)
         grad_down_bias = None if down_bias is None else torch.zeros_like(down_bias)
@@ -92,30 +92,26 @@ class LoopedExperts(torch.autograd.Function):
                     both.copy_(both.to(source_MD.dtype))  # as they would have been kept
             else:
                 both = desk.rows_of("gate_up", rows.gate_up)
-            gate, up = both.chunk(2, dim=1)
             grad_out = desk.copies("out", grad_MD, rows.source)
-            sigmoid = desk.room("sigmoid") if desk.dtype.itemsize >= torch.float32.itemsize else None
-            activated = unit.activate(gate, desk.room("activated"), sigmoid)
-            h = unit.scale(activated, up, desk.room("hidden"))
             grad_h = torch.mm(grad_out, desk.weight(down[e]), out=desk.room("grad_hidden"))
-            product = torch.mul(grad_h, h, out=desk.room("product"))
-            torch.sum(product, 1, dtype=wide, out=rows.grad_weight)
-            desk.product(grad_out.t(), h.mul_(rows.weight), out=grad_down[e])
+            h, grad_both = desk.differentiate(unit, both, rows.weight, grad_h, rows.grad_weight)
+            desk.product(grad_out.t(), h, out=grad_down[e])
             if down_bias is not None and grad_down_bias is not None:
                 rows.grad_weight.add_(torch.mv(grad_out, down_bias[e].to(grad_out.dtype)))
-                grad_down_bias[e] = torch.mv(grad_out.t(), rows.weight.squeeze(1))
-            grad_both = desk.room("grad_gate_up")
-            grad_gate, grad_up = grad_both.chunk(2, dim=1)
-            unit.backward(gate, up, activated, grad_h.mul_(rows.weight), grad_gate, grad_up, sigmoid)
+                grad_down_bias[e] = torch.mv(grad_out.t(), rows.weight.to(grad_out.dtype))
             desk.product(grad_both.t(), x, out=grad_gate_up[e])
             if grad_gate_up_bias is not None:
                 grad_gate_up_bias[e] = grad_both.sum(0)
             desk.add(rows.source, torch.mm(grad_both, desk.weight(gate_up[e]), out=grad_out))
 
+        def make(most_rows: int) -> Desk:
+            kind: type[Desk] = ctx.desk
+            return kind(source_MD, most_rows, down.shape[2], ctx.product_dtype, kind.backward_rooms)
+
         jobs = _jobs(padded, weights_P, kept_P2F, grad_weights_P)
-        grad_source_MD = at_desks(work, jobs, source_MD, down.shape[2], weights_P.dtype, _BACKWARD_ROOMS)
+        grad_source_MD = at_desks(work, jobs, source_MD, make)
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)
-        return grad_source_MD, padded.gather(grad_weights_P), *grads, None, None, None, None
+        return grad_source_MD, padded.gather(grad_weights_P), *grads, *[None] * 5
 
 
 class _Rows(NamedTuple):
@@ -123,7 +119,6 @@ class _Rows(NamedTuple):
 
     source: Tensor
     weight: Tensor
-    """[n, 1]."""
     gate_up: Tensor | None
     grad_weight: Tensor
 
@@ -136,7 +131,7 @@ def _jobs(
     grads = weights_P if grad_weights_P is None else grad_weights_P
     pieces = zip(
         padded.source_of_row_P.split(counts),
-        weights_P.unsqueeze(1).split(counts),
+        weights_P.split(counts),
         [None] * len(counts) if gate_up_P2F is None else gate_up_P2F.split(counts),
         grads.split(counts),
         strict=True,

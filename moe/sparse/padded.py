@@ -46,6 +46,14 @@ class Padded:
         row_P = begins_e.repeat_interleave(sizes_e) + torch.minimum(number_P, last_P)
         return cls(sizes, copies.source_of_row_R[row_P], row_P, number_P > last_P)
 
+    def check(self, num_sources: int) -> None:
+        """Raises `IndexError` if a row is the copy of a source that is not there: who copies does not look."""
+        source_P = self.source_of_row_P
+        if source_P.numel() and not (int(source_P.min()) >= 0 and int(source_P.max()) < num_sources):
+            raise IndexError(
+                f"rows copy sources {int(source_P.min())} to {int(source_P.max())} of {num_sources}"
+            )
+
     def spread(self, weights_R: Tensor) -> Tensor:
         """[R] -> [P], with 0 for what fills up."""
         if self.row_P is None or self.fills_P is None:

@@ -1,7 +1,7 @@
 """The sparse layer on 1, 2 and 4 ranks against the float64 reference: forward and every gradient."""
 
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -231,13 +231,19 @@ def _batch(case: Case, world_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
     return x, mask, grad
 
 
+TOLERANCE = {torch.float64: 1e-10, torch.float32: 5e-5}
+
+
 def _compare(name: str, ours: Tensor | None, reference: Tensor | None) -> None:
     assert ours is not None, name
-    reference = torch.zeros_like(ours) if reference is None else reference
-    torch.testing.assert_close(ours, reference, rtol=1e-10, atol=1e-10, msg=lambda m: f"{name}: {m}")
+    reference = torch.zeros_like(ours) if reference is None else reference.to(ours.dtype)
+    tolerance = TOLERANCE[ours.dtype]
+    torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance, msg=lambda m: f"{name}: {m}")
 
 
-def _check(rank: int, world_size: int, ep: int, cases: list[Case]) -> None:
+def _check(
+    rank: int, world_size: int, ep: int, cases: list[Case], dtype: torch.dtype = torch.float64
+) -> None:
     group = None
     for first in range(0, world_size, ep):
         members = list(range(first, first + ep))
@@ -245,14 +251,19 @@ def _check(rank: int, world_size: int, ep: int, cases: list[Case]) -> None:
         group = made if rank in members else group
     for case in cases:
         try:
-            check_case(case, rank, world_size, ExpertLayout(case.experts, ep, rank % ep, group))
+            check_case(case, rank, world_size, ExpertLayout(case.experts, ep, rank % ep, group), dtype)
         except Exception as error:
             raise AssertionError(f"case {case.name!r}, world {world_size}, EP {ep}") from error
 
 
-def check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) -> None:
-    weights, (x, mask, grad) = _weights(case), _batch(case, world_size)
-    leaves = {k: v.requires_grad_() for k, v in vars(weights).items() if v is not None}
+def check_case(
+    case: Case, rank: int, world_size: int, layout: ExpertLayout, dtype: torch.dtype = torch.float64
+) -> None:
+    """`dtype` is the layer's; the reference computes in float64 what that holds."""
+    drawn, (x, mask, grad) = _weights(case), _batch(case, world_size)
+    x, grad = x.to(dtype).double(), grad.to(dtype).double()
+    leaves = {k: v.to(dtype).double().requires_grad_() for k, v in vars(drawn).items() if v is not None}
+    weights = replace(drawn, **leaves)
     x_ref = x.clone().requires_grad_()
     bias = torch.linspace(-0.3, 0.3, case.experts) if case.bias else None
 
@@ -273,7 +284,7 @@ def check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) -> 
     aux = aux + case.balance.router_z_loss_weight * expected.z_loss
     ((expected.y_TD * grad).sum() + aux).backward()
 
-    layer = SparseMoE(case.hidden, case.config, layout, case.capacity, case.recompute).double()
+    layer = SparseMoE(case.hidden, case.config, layout, case.capacity, case.recompute).to(dtype)
     if bias is not None:
         assert layer.router.selection_bias_E is not None
         assert layer.router.selection_bias_E.dtype == torch.float32, (
@@ -284,7 +295,7 @@ def check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) -> 
         _load(layer, leaves, layout),
         slice(case.tokens * rank // world_size, case.tokens * (rank + 1) // world_size),
     )
-    x_here = x[local].clone().requires_grad_()
+    x_here = x[local].to(dtype).requires_grad_()
     mask_here = None if mask is None else mask[local]
     y, record = layer(x_here, mask_here, noise(range(case.tokens)[local]) if case.jitter else None)
     kept = torch.ones(x_here.shape[0], dtype=torch.bool) if mask_here is None else mask_here
@@ -295,9 +306,9 @@ def check_case(case: Case, rank: int, world_size: int, layout: ExpertLayout) -> 
         dist.all_reduce(tokens)
     totals = Totals(tokens.clamp(min=1), tokens, world_size, counts.unsqueeze(0))
     share = losses(
-        ModelOutput(torch.zeros((), dtype=torch.float64), (record,)), kept.view(1, -1), totals, case.balance
+        ModelOutput(torch.zeros((), dtype=dtype), (record,)), kept.view(1, -1), totals, case.balance
     )
-    ((y * grad[local]).sum() + share.total).backward()
+    ((y * grad[local].to(dtype)).sum() + share.total).backward()
 
     dropped = record.num_dropped.clone()
     if world_size > 1:
@@ -354,9 +365,18 @@ def test_every_combination_of_switches_equals_reference(world_size: int, ep: int
     run_ranks(_check, world_size, tmp_path, world_size, ep, COMBINATIONS)
 
 
+@pytest.mark.parametrize(("world_size", "ep"), [(2, 2), (4, 2)])
+def test_a_layer_in_float32_is_near_the_reference_on_several_ranks(
+    world_size: int, ep: int, tmp_path: Path
+) -> None:
+    run_ranks(_check, world_size, tmp_path, world_size, ep, CASES, torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_layer_equals_reference_on_one_rank(case: Case) -> None:
-    check_case(case, 0, 1, ExpertLayout(case.experts))
+def test_layer_equals_reference_on_one_rank(case: Case, dtype: torch.dtype) -> None:
+    """In float32 by compiled rows, where there is a compiler."""
+    check_case(case, 0, 1, ExpertLayout(case.experts), dtype)
 
 
 def test_the_reference_refuses_anything_but_float64() -> None:

@@ -10,10 +10,12 @@ from moe.config import MoEConfig
 from moe.sparse import SparseMoE
 from moe.sparse.activation import GatedUnit
 from moe.sparse.copies import Copies, copies_of
+from moe.sparse.desk import Desk
 from moe.sparse.experts import Experts, Rows
 from moe.sparse.grouped import GroupedExperts
 from moe.sparse.looped import LoopedExperts
 from moe.sparse.plan import ExpertLayout
+from tests.compiled import COMPILED, KINDS
 
 UNITS = {
     "swiglu": GatedUnit(),
@@ -66,8 +68,8 @@ def _node(function: Any, *arguments: Any) -> Any:
     return run
 
 
-def _loop(products: torch.dtype) -> Any:
-    return _node(LoopedExperts, products)
+def _loop(products: torch.dtype, kind: type[Desk] = Desk) -> Any:
+    return _node(LoopedExperts, products, kind)
 
 
 GROUPED = _node(GroupedExperts)
@@ -133,6 +135,21 @@ def test_the_units_gradient_is_right_for_near_and_far_gates(unit: GatedUnit, kee
         torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("unit", UNITS)
+@pytest.mark.parametrize("load", LOADS)
+def test_the_loop_in_float32_is_near_the_formula(
+    load: str, unit: str, bias: bool, recompute: bool, kind: type[Desk]
+) -> None:
+    experts = _experts(UNITS[unit], bias, torch.float32, recompute)
+    found = _run(_loop(torch.float32, kind), experts, LOADS[load])
+    experts.zero_grad()
+    exact = _run(_plainly, experts.double(), LOADS[load])
+    _compare(found, {name: None if value is None else value.float() for name, value in exact.items()}, 2e-5)
+
+
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("unit", UNITS)
@@ -144,6 +161,7 @@ def test_grouped_gemm_equals_the_loop(load: str, unit: str, bias: bool, recomput
     _compare(found, _run(_loop(torch.float32), experts, LOADS[load]), 1e-4)
 
 
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("products", "error"), [(torch.bfloat16, 2e-2), (torch.float32, 5e-3)], ids=["bf16", "float32"]
 )
@@ -151,13 +169,13 @@ def test_grouped_gemm_equals_the_loop(load: str, unit: str, bias: bool, recomput
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("load", LOADS)
 def test_bf16_is_near_the_formula_whatever_its_products_are_in(
-    load: str, unit: str, bias: bool, products: torch.dtype, error: float
+    load: str, unit: str, bias: bool, products: torch.dtype, error: float, kind: type[Desk]
 ) -> None:
     """Float32 products leave only what is stored to round: a result, or a pre-activation, to 8 bits."""
     found = []
     for recompute in (False, True):
         experts = _experts(UNITS[unit], bias, torch.bfloat16, recompute)
-        found.append(_run(_loop(products), experts, LOADS[load]))
+        found.append(_run(_loop(products, kind), experts, LOADS[load]))
     experts.zero_grad()
     right = _run(_plainly, experts.double(), LOADS[load])
     for name, exact in right.items():
@@ -175,9 +193,10 @@ def test_bf16_is_near_the_formula_whatever_its_products_are_in(
     [
         (_loop(torch.float32), torch.float32),
         (_loop(torch.bfloat16), torch.bfloat16),
+        *((_loop(torch.bfloat16, kind), torch.bfloat16) for kind in COMPILED),
         (GROUPED, torch.float32),
     ],
-    ids=["loop", "filled-up loop", "grouped"],
+    ids=["loop", "filled-up loop", *["compiled loop"] * len(COMPILED), "grouped"],
 )
 def test_choices_that_are_not_made_get_nothing(node: Any, dtype: torch.dtype) -> None:
     experts = _experts(UNITS["gpt_oss"], True, dtype)
@@ -197,7 +216,14 @@ def test_choices_that_are_not_made_get_nothing(node: Any, dtype: torch.dtype) ->
 
 
 @pytest.mark.parametrize(
-    "node", [_loop(torch.bfloat16), _loop(torch.float32), GROUPED], ids=["loop", "loop in float32", "grouped"]
+    "node",
+    [
+        _loop(torch.bfloat16),
+        _loop(torch.float32),
+        *(_loop(torch.bfloat16, kind) for kind in COMPILED),
+        GROUPED,
+    ],
+    ids=["loop", "loop in float32", *["compiled loop"] * len(COMPILED), "grouped"],
 )
 def test_bf16_rounds_each_sum_once(node: Any) -> None:
     """A token whose 64 choices add up to little: sums kept in bf16 would lose most of it."""
