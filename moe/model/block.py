@@ -12,6 +12,7 @@ from moe.model.norm import norm
 from moe.model.rope import Rotation
 from moe.model.ulysses import SequenceGroup
 from moe.sparse import Capacity, Dispatcher, ExpertLayout, Jitter, RoutingRecord, SparseMoE
+from moe.sparse.spare import Spare
 from moe.sparse.swiglu import SwiGLU
 
 
@@ -27,6 +28,7 @@ class Block(nn.Module):
         recompute_experts: bool = False,
         dispatcher: Dispatcher | None = None,
         sequence_group: SequenceGroup | None = None,
+        spare: Spare | None = None,
     ) -> None:
         super().__init__()
         before, behind = config.norm_placement != "post", config.norm_placement != "pre"
@@ -39,7 +41,7 @@ class Block(nn.Module):
         self.ffn: SparseMoE | SwiGLU
         if config.moe is not None and index in config.sparse_layers:
             self.ffn = SparseMoE(
-                config.hidden_size, config.moe, layout, capacity, recompute_experts, dispatcher
+                config.hidden_size, config.moe, layout, capacity, recompute_experts, dispatcher, spare
             )
         else:
             assert config.intermediate_size is not None, "checked by moe.config.rules"

@@ -19,6 +19,7 @@ from moe.model.rope import Rotation, rotation
 from moe.model.ulysses import SequenceGroup
 from moe.sparse import Capacity, Dispatcher, ExpertLayout, Jitter, RoutingRecord
 from moe.sparse.router import Router
+from moe.sparse.spare import Spare
 
 
 class ModelOutput(NamedTuple):
@@ -55,10 +56,9 @@ class Transformer(nn.Module):
         self.sequence_group = sequence_group or SequenceGroup()
         layout = layout or ExpertLayout(config.moe.num_experts if config.moe else 1)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        blocks = [
-            Block(config, index, layout, capacity, recompute == "experts", dispatcher, self.sequence_group)
-            for index in range(config.num_blocks)
-        ]
+        spare = Spare()
+        shared = (layout, capacity, recompute == "experts", dispatcher, self.sequence_group, spare)
+        blocks = [Block(config, index, *shared) for index in range(config.num_blocks)]
         self.layers = nn.ModuleList(blocks[: config.num_layers])
         self.norm = norm(config)
         self.predictions = nn.ModuleList(Prediction(config, block) for block in blocks[config.num_layers :])

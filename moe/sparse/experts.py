@@ -15,6 +15,7 @@ from moe.sparse.grouped import GroupedExperts, fits
 from moe.sparse.looped import LoopedExperts
 from moe.sparse.plan import ExpertLayout
 from moe.sparse.product import product_dtype
+from moe.sparse.spare import Spare
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,14 @@ class Experts(nn.Module):
         unit: GatedUnit | None = None,
         bias: bool = False,
         recompute: bool = False,
+        spare: Spare | None = None,
     ) -> None:
-        """`unit` is the activation (default: SwiGLU); `recompute` keeps no pre-activation for backward."""
+        """`unit` is the activation (default: SwiGLU); `recompute` keeps no pre-activation for backward; `spare` is what
+        layers whose gradients do not live at once share (None: its own).
+        """
         super().__init__()
         self.layout, self.unit, self.recompute = layout, unit or GatedUnit(), recompute
+        self.spare = spare or Spare()
         held, inner = layout.num_local_experts, intermediate_size
         self.gate_up = nn.Parameter(torch.empty(held, 2 * inner, hidden_size))
         self.down = nn.Parameter(torch.empty(held, hidden_size, inner))
@@ -66,5 +71,5 @@ class Experts(nn.Module):
             y_MD = GroupedExperts.apply(*arguments)
         else:
             products = product_dtype(rows.source_MD)
-            y_MD = LoopedExperts.apply(*arguments, products, desk_for(rows.source_MD, products))
+            y_MD = LoopedExperts.apply(*arguments, products, desk_for(rows.source_MD, products), self.spare)
         return y_MD

@@ -15,6 +15,7 @@ from moe.sparse.jitter import Jitter
 from moe.sparse.linear import Linear
 from moe.sparse.plan import ExpertLayout
 from moe.sparse.router import Router, Routing, RoutingRecord
+from moe.sparse.spare import Spare
 from moe.sparse.swiglu import SwiGLU
 
 
@@ -29,10 +30,11 @@ class SparseMoE(nn.Module):
         capacity: Capacity | None = None,
         recompute: bool = False,
         dispatcher: Dispatcher | None = None,
+        spare: Spare | None = None,
     ) -> None:
         """`capacity` limits what an expert accepts while training (None: dropless); `recompute` computes the
         experts' pre-activations again in backward instead of keeping them; `dispatcher` is the way to experts on
-        other ranks (None: all-to-all).
+        other ranks (None: all-to-all); `spare` is shared by layers (None: its own).
         """
         super().__init__()
         self.layout = layout
@@ -49,6 +51,7 @@ class SparseMoE(nn.Module):
             GatedUnit.of(config),
             config.expert_bias,
             recompute,
+            spare,
         )
         shared = config.shared_expert_intermediate_size
         self.shared_expert = SwiGLU(hidden_size, shared) if shared else None

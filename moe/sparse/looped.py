@@ -13,6 +13,7 @@ from moe.sparse.copies import Copies
 from moe.sparse.desk import Desk, Job, at_desks
 from moe.sparse.once import first_derivative_only
 from moe.sparse.padded import Padded
+from moe.sparse.spare import Spare
 
 
 class LoopedExperts(torch.autograd.Function):
@@ -39,6 +40,7 @@ class LoopedExperts(torch.autograd.Function):
         recompute: bool,
         product_dtype: torch.dtype,
         desk: type[Desk],
+        spare: Spare,
     ) -> Tensor:
         source_MD = source_MD.contiguous()
         padded = Padded.of(copies, product_dtype)
@@ -66,7 +68,7 @@ class LoopedExperts(torch.autograd.Function):
         y_MD = at_desks(work, jobs, source_MD, make)
         ctx.save_for_backward(source_MD, weights_P, kept_P2F, gate_up, gate_up_bias, down, down_bias)
         ctx.padded, ctx.unit, ctx.product_dtype = padded, unit, product_dtype
-        ctx.desk = desk
+        ctx.desk, ctx.spare = desk, spare
         return y_MD
 
     @staticmethod
@@ -77,7 +79,8 @@ class LoopedExperts(torch.autograd.Function):
         unit: GatedUnit = ctx.unit
         grad_MD = grad_MD.contiguous()
         grad_weights_P = torch.empty_like(weights_P)
-        grad_gate_up, grad_down = torch.empty_like(gate_up), torch.empty_like(down)
+        spare: Spare = ctx.spare
+        grad_gate_up, grad_down = spare.empty_like(gate_up), spare.empty_like(down)
         grad_gate_up_bias = None if gate_up_bias is None else torch.zeros_like(gate_up_bias)
         grad_down_bias = None if down_bias is None else torch.zeros_like(down_bias)
         for e in (e for e, count in enumerate(padded.rows_per_bucket) if not count):
@@ -111,7 +114,7 @@ class LoopedExperts(torch.autograd.Function):
         jobs = _jobs(padded, weights_P, kept_P2F, grad_weights_P)
         grad_source_MD = at_desks(work, jobs, source_MD, make)
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)
-        return grad_source_MD, padded.gather(grad_weights_P), *grads, *[None] * 5
+        return grad_source_MD, padded.gather(grad_weights_P), *grads, *[None] * 6
 
 
 class _Rows(NamedTuple):

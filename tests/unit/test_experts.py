@@ -15,6 +15,7 @@ from moe.sparse.experts import Experts, Rows
 from moe.sparse.grouped import GroupedExperts
 from moe.sparse.looped import LoopedExperts
 from moe.sparse.plan import ExpertLayout
+from moe.sparse.spare import Spare
 from tests.compiled import COMPILED, KINDS
 
 UNITS = {
@@ -69,7 +70,7 @@ def _node(function: Any, *arguments: Any) -> Any:
 
 
 def _loop(products: torch.dtype, kind: type[Desk] = Desk) -> Any:
-    return _node(LoopedExperts, products, kind)
+    return _node(LoopedExperts, products, kind, Spare())
 
 
 GROUPED = _node(GroupedExperts)

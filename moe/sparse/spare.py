@@ -1,0 +1,49 @@
+"""Memory of a big gradient that nobody holds any more -> the next one of its size."""
+
+import weakref
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+LEAST_BYTES = 32 << 20
+"""What is smaller glibc keeps itself, whatever it has learnt (M_MMAP_THRESHOLD, mallopt(3))."""
+
+
+class Spare:
+    """One piece of memory for each size, kept from gradient to gradient and from layer to layer.
+
+    C libraries return big blocks to the system, which hands them out again page by page, each zeroed and with a trap:
+    a tenth of a backward, for experts that hold a gigabyte. On CUDA torch keeps what is freed itself.
+
+    A copy of a model has a spare of its own, and so has one that was pickled.
+    """
+
+    def __init__(self) -> None:
+        self._memory: dict[int, Tensor] = {}
+
+    def empty_like(self, weight: Tensor) -> Tensor:
+        """As `torch.empty_like` of a contiguous weight. When its memory is released it is kept, if none is yet."""
+        size = weight.numel() * weight.element_size()
+        if weight.device.type != "cpu" or size < LEAST_BYTES:
+            return torch.empty_like(weight, memory_format=torch.contiguous_format)
+        memory = self._memory.pop(size, None)
+        if memory is None:
+            memory = torch.empty(size, dtype=torch.uint8)
+        # Torch holds what it is given for as long as any tensor uses it.
+        lease = memory.numpy().view(_Lease)
+        weakref.finalize(lease, self._memory.setdefault, size, memory).atexit = False
+        storage = torch.from_numpy(lease).untyped_storage()
+        empty: Tensor = weight.new_empty(0).set_(storage, 0, weight.shape)  # type: ignore[call-overload]  # of bytes
+        return empty
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "Spare":
+        return Spare()
+
+    def __reduce__(self) -> tuple[type["Spare"], tuple[()]]:
+        return Spare, ()
+
+
+class _Lease(np.ndarray[Any, Any]):
+    """An array that can be watched until it goes."""
