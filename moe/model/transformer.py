@@ -3,6 +3,7 @@
 B sequences, S positions, D width, V vocabulary.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -56,9 +57,16 @@ class Transformer(nn.Module):
         self.sequence_group = sequence_group or SequenceGroup()
         layout = layout or ExpertLayout(config.moe.num_experts if config.moe else 1)
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
-        spare = Spare()
-        shared = (layout, capacity, recompute == "experts", dispatcher, self.sequence_group, spare)
-        blocks = [Block(config, index, *shared) for index in range(config.num_blocks)]
+        block = partial(
+            Block,
+            layout=layout,
+            capacity=capacity,
+            recompute_experts=recompute == "experts",
+            dispatcher=dispatcher,
+            sequence_group=self.sequence_group,
+            spare=Spare(),
+        )
+        blocks = [block(config, index) for index in range(config.num_blocks)]
         self.layers = nn.ModuleList(blocks[: config.num_layers])
         self.norm = norm(config)
         self.predictions = nn.ModuleList(Prediction(config, block) for block in blocks[config.num_layers :])

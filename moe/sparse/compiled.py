@@ -30,7 +30,8 @@ def desk_for(like: Tensor, product_dtype: torch.dtype) -> type[Desk]:
 class CompiledDesk(Desk):
     """Between two roundings all is in float32: a bf16 is rounded where it is stored, not after each operation.
 
-    All tensors are contiguous, and no index is checked here.
+    Its functions take addresses: `LoopedExperts` sees to it that all tensors are contiguous and of the dtypes they are
+    said to be, and that every source is there.
     """
 
     backward_rooms = ("x", "out", "grad_hidden", "grad_gate_up")

@@ -30,14 +30,20 @@ class Job(Generic[Payload]):
 class Desk:
     """Where one thread works: room for one expert's rows, used again for the next, and its share of the sums.
 
-    Everything at a desk is in the products' dtype; what is narrower is widened when it comes, rounded when it goes.
+    Rows are in the products' dtype; what is narrower is widened when it comes, rounded when it goes. What a row counts,
+    and the sums, are in float32 or wider.
     What happens to rows between products is done by torch's own operations, one after the other.
     """
 
     forward_rooms: tuple[str, ...] = ("x", "hidden", "out")
     backward_rooms: tuple[str, ...] = (
-        *("x", "out", "grad_hidden", "grad_gate_up"),
-        *("activated", "hidden", "product"),
+        "x",
+        "out",
+        "grad_hidden",
+        "grad_gate_up",
+        "activated",
+        "hidden",
+        "product",
     )
     """Those that are always asked for."""
 

@@ -23,7 +23,9 @@ class LoopedExperts(torch.autograd.Function):
     cache and no [R, D] tensor is made; each expert's weight gradients are written in place. (Indexing a stacked
     parameter expert by expert would make autograd build a zero [e, ...] gradient for each.) Kept for backward
     per row: 2F pre-activations, or nothing with `recompute`. Between what is read and what is stored, everything
-    is in `product_dtype`.
+    is in `product_dtype`. `kind` is whose desk the work is done at; `spare` is asked for the gradients' memory.
+
+    Raises `IndexError` for a row of a source that is not there, `ValueError` for tensors that do not belong together.
     """
 
     @staticmethod
@@ -39,13 +41,14 @@ class LoopedExperts(torch.autograd.Function):
         unit: GatedUnit,
         recompute: bool,
         product_dtype: torch.dtype,
-        desk: type[Desk],
+        kind: type[Desk],
         spare: Spare,
     ) -> Tensor:
         source_MD = source_MD.contiguous()
         padded = Padded.of(copies, product_dtype)
-        padded.check(len(source_MD))
-        weights_P = padded.spread(weights_R.to(torch.promote_types(product_dtype, torch.float32)))
+        wide = torch.promote_types(product_dtype, torch.float32)
+        weights_P = padded.spread(weights_R.to(wide)).contiguous()
+        _check(source_MD, weights_P, padded, gate_up, down)
         kept_P2F = None if recompute else source_MD.new_empty(weights_P.numel(), gate_up.shape[1])
 
         def work(desk: Desk, e: int, rows: _Rows) -> None:
@@ -62,19 +65,22 @@ class LoopedExperts(torch.autograd.Function):
             desk.add(rows.source, out)
 
         def make(most_rows: int) -> Desk:
-            return desk(source_MD, most_rows, down.shape[2], product_dtype, desk.forward_rooms)
+            return kind(source_MD, most_rows, down.shape[2], product_dtype, kind.forward_rooms)
 
         jobs = _jobs(padded, weights_P, kept_P2F)
         y_MD = at_desks(work, jobs, source_MD, make)
         ctx.save_for_backward(source_MD, weights_P, kept_P2F, gate_up, gate_up_bias, down, down_bias)
         ctx.padded, ctx.unit, ctx.product_dtype = padded, unit, product_dtype
-        ctx.desk, ctx.spare = desk, spare
+        ctx.kind, ctx.spare = kind, spare
         return y_MD
 
     @staticmethod
     @first_derivative_only
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
         source_MD, weights_P, kept_P2F, gate_up, gate_up_bias, down, down_bias = ctx.saved_tensors
+        # Hooks on saved tensors may have laid them out anew.
+        source_MD, weights_P = source_MD.contiguous(), weights_P.contiguous()
+        kept_P2F = None if kept_P2F is None else kept_P2F.contiguous()
         padded: Padded = ctx.padded
         unit: GatedUnit = ctx.unit
         grad_MD = grad_MD.contiguous()
@@ -108,7 +114,7 @@ class LoopedExperts(torch.autograd.Function):
             desk.add(rows.source, torch.mm(grad_both, desk.weight(gate_up[e]), out=grad_out))
 
         def make(most_rows: int) -> Desk:
-            kind: type[Desk] = ctx.desk
+            kind: type[Desk] = ctx.kind
             return kind(source_MD, most_rows, down.shape[2], ctx.product_dtype, kind.backward_rooms)
 
         jobs = _jobs(padded, weights_P, kept_P2F, grad_weights_P)
@@ -124,6 +130,20 @@ class _Rows(NamedTuple):
     weight: Tensor
     gate_up: Tensor | None
     grad_weight: Tensor
+
+
+def _check(source_MD: Tensor, weights_P: Tensor, padded: Padded, gate_up: Tensor, down: Tensor) -> None:
+    """What compiled code does not look at."""
+    devices = {source_MD.device, weights_P.device, padded.source_of_row_P.device}
+    if len(devices) > 1:
+        raise ValueError(f"sources, weights of rows and copies are on different devices: {devices}")
+    if gate_up.shape[1] != 2 * down.shape[2]:
+        raise ValueError(
+            f"gate and up have {gate_up.shape[1]} rows, not twice the {down.shape[2]} that down reads"
+        )
+    if weights_P.numel() != padded.source_of_row_P.numel():
+        raise ValueError(f"{padded.source_of_row_P.numel()} rows have {weights_P.numel()} weights")
+    padded.check(len(source_MD))
 
 
 def _jobs(

@@ -36,7 +36,7 @@ class Padded:
     def of(cls, copies: Copies, product_dtype: torch.dtype) -> "Padded":
         """For products in bf16; others have the rows that there are."""
         if product_dtype != torch.bfloat16:
-            return cls(copies.rows_per_bucket, copies.source_of_row_R, None, None)
+            return cls(copies.rows_per_bucket, copies.source_of_row_R.long().contiguous(), None, None)
         sizes = [size_for(count) for count in copies.rows_per_bucket]
         sizes_e, counts_e = torch.tensor(sizes), copies.counts
         # In each expert: 0, 1, ... and on to the size
@@ -44,15 +44,16 @@ class Padded:
         number_P = torch.arange(sum(sizes)) - padded_begins_e.repeat_interleave(sizes_e)
         last_P = (counts_e - 1).repeat_interleave(sizes_e)
         row_P = begins_e.repeat_interleave(sizes_e) + torch.minimum(number_P, last_P)
-        return cls(sizes, copies.source_of_row_R[row_P], row_P, number_P > last_P)
+        return cls(sizes, copies.source_of_row_R.long()[row_P], row_P, number_P > last_P)
 
     def check(self, num_sources: int) -> None:
-        """Raises `IndexError` if a row is the copy of a source that is not there: who copies does not look."""
+        """Raises `IndexError` if a row is the copy of a source that is not there: compiled code does not look."""
         source_P = self.source_of_row_P
-        if source_P.numel() and not (int(source_P.min()) >= 0 and int(source_P.max()) < num_sources):
-            raise IndexError(
-                f"rows copy sources {int(source_P.min())} to {int(source_P.max())} of {num_sources}"
-            )
+        if source_P.device.type != "cpu" or not source_P.numel():
+            return
+        least, most = int(source_P.min()), int(source_P.max())
+        if least < 0 or most >= num_sources:
+            raise IndexError(f"rows copy sources {least} to {most} of {num_sources}")
 
     def spread(self, weights_R: Tensor) -> Tensor:
         """[R] -> [P], with 0 for what fills up."""

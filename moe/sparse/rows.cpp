@@ -61,9 +61,10 @@ void store(bf16* to, Floats values, int64_t lanes) {
 Floats at_most(Floats values, float limit) { return values > limit ? Floats{} + limit : values; }
 Floats at_least(Floats values, float limit) { return values < limit ? Floats{} + limit : values; }
 
-// exp by 2^n p(r), with x = n ln 2 + r and p Taylor's polynomial of degree 6: to 2 units in the last place.
+// exp by 2^n p(r), with x = n ln 2 + r and p Taylor's polynomial of degree 6: to 2 units in the last place. From 88.4
+// on it is infinite, and nothing is less than exp(-87), which is no denormal yet.
 Floats exp_of(Floats x) {
-    x = at_least(at_most(x, 88.0f), -87.0f);
+    x = at_least(at_most(x, 89.0f), -87.0f);
     const float shift = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to whole numbers
     Floats shifted = x * 1.44269504f + shift;
     Floats n = shifted - shift;

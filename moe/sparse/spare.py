@@ -17,20 +17,24 @@ class Spare:
     C libraries return big blocks to the system, which hands them out again page by page, each zeroed and with a trap:
     a tenth of a backward, for experts that hold a gigabyte. On CUDA torch keeps what is freed itself.
 
-    A copy of a model has a spare of its own, and so has one that was pickled.
+    So much memory stays taken between two backwards, until the model goes. A copy of a model has a spare of its own,
+    and so has one that was pickled.
     """
 
     def __init__(self) -> None:
         self._memory: dict[int, Tensor] = {}
 
     def empty_like(self, weight: Tensor) -> Tensor:
-        """As `torch.empty_like` of a contiguous weight. When its memory is released it is kept, if none is yet."""
+        """As `torch.empty_like` of a contiguous weight, but that it cannot be resized.
+
+        When its memory is released it is kept, if none of its size is.
+        """
         size = weight.numel() * weight.element_size()
         if weight.device.type != "cpu" or size < LEAST_BYTES:
             return torch.empty_like(weight, memory_format=torch.contiguous_format)
         memory = self._memory.pop(size, None)
         if memory is None:
-            memory = torch.empty(size, dtype=torch.uint8)
+            memory = torch.empty(size, dtype=torch.uint8, device="cpu")
         # Torch holds what it is given for as long as any tensor uses it.
         lease = memory.numpy().view(_Lease)
         weakref.finalize(lease, self._memory.setdefault, size, memory).atexit = False

@@ -11,22 +11,23 @@ _BODY = ctypes.CFUNCTYPE(None, ctypes.c_void_p)
 
 
 def together(pieces: Sequence[Callable[[], None]]) -> None:
-    """Do all pieces, each on a thread of its own as far as there are threads, and torch's operations in it on one.
+    """Do all pieces, without gradients: on as many threads as torch uses, of which each that is free takes the next.
 
-    Where torch computes by OpenMP these are OpenMP's threads. After an operation they wait for the next one with a
-    loop that keeps a core busy for milliseconds: others beside them would have to share it.
+    Torch's operations in a piece stay on its thread. Where torch computes by OpenMP these are OpenMP's threads. After
+    an operation they wait for the next one with a loop that keeps a core busy for milliseconds: others beside them
+    would have to share it. Of what a thread has for itself inference mode alone is the caller's; autocast is off.
 
     Raises what the first piece that failed raised; the others are done, or not begun.
     """
-    if len(pieces) == 1:
-        pieces[0]()
-        return
     inference = torch.is_inference_mode_enabled()
 
     def alike(piece: Callable[[], None]) -> None:
-        # Modes are a thread's own.
-        with torch.inference_mode(inference), torch.no_grad():
+        with torch.inference_mode(inference), torch.no_grad(), torch.autocast("cpu", enabled=False):
             piece()
+
+    if len(pieces) == 1:
+        alike(pieces[0])
+        return
 
     openmp = _openmp()
     if openmp is None:
@@ -37,14 +38,21 @@ def together(pieces: Sequence[Callable[[], None]]) -> None:
 
     def body(_: object) -> None:
         try:
-            for piece in left:  # one each, or more if there are fewer threads
+            for piece in left:
                 alike(piece)
         except BaseException as fault:  # nobody above would hear of it
             faults.append(fault)
 
-    openmp.GOMP_parallel(_BODY(body), None, len(pieces), 0)
-    if faults:
-        raise faults[0]
+    # No fewer than torch's own operations use: OpenMP ends the threads that a smaller team leaves out.
+    openmp.GOMP_parallel(_BODY(body), None, max(len(pieces), torch.get_num_threads()), 0)
+    try:
+        if faults:
+            raise faults[0]
+    finally:
+        faults.clear()  # they hold this frame, and all that the pieces hold
+    # What a signal's handler raises before `body` has begun ends it unheard.
+    for piece in left:
+        alike(piece)
 
 
 @functools.cache

@@ -110,10 +110,8 @@ def test_what_is_no_number_or_has_no_end_stays_so(dtype: torch.dtype) -> None:
     desk = _desk(1, 1, 6, dtype, dtype)
     gate_up, one = torch.cat([bad, up], 1), torch.ones(1)
     for unit in (GatedUnit(), GatedUnit(limit=7.0)):
-        expected = unit(gate_up.float()).isfinite()
         out = desk.activate(unit, gate_up, one)
-        assert out[0, :2].isnan().all()
-        assert torch.equal(out.isfinite()[0, [0, 1, 2, 3, 5]], expected[0, [0, 1, 2, 3, 5]])
+        torch.testing.assert_close(out.float(), unit(gate_up.float()), rtol=2**-8, atol=0, equal_nan=True)
         grad_weight = torch.empty(1)
         _, grad_both = desk.differentiate(unit, gate_up, one, torch.ones(1, 6).to(dtype), grad_weight)
         assert grad_weight.isnan()
@@ -190,7 +188,9 @@ def test_other_flags_or_another_processor_get_their_own(home: Path, monkeypatch:
     [
         ("no-such-compiler", "there is no C++ compiler (no-such-compiler)"),
         ("false", "false failed: exit code 1"),
-        ("c++ --no-such-flag", "--no-such-flag"),
+        ("c++ --no-such-flag", "unrecognized command-line option '--no-such-flag'"),
+        ("c++ 'unclosed", "No closing quotation"),
+        ("c++ -Dfloat=nonsense", "error: "),
     ],
 )
 def test_without_a_compiler_torch_does_it_and_one_sentence_says_so(
@@ -199,10 +199,11 @@ def test_without_a_compiler_torch_does_it_and_one_sentence_says_so(
     if compiler.startswith("c++") and not COMPILED:
         pytest.skip("no C++ compiler")
     monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setenv("LC_ALL", "C")
     monkeypatch.setattr(log.get(), "propagate", True)
-    with caplog.at_level("INFO", logger=log.LOGGER_NAME):
+    with caplog.at_level("WARNING", logger=log.LOGGER_NAME):
         assert _fresh() is None
-    (sentence,) = [record.getMessage() for record in caplog.records]
+    (sentence,) = {record.getMessage() for record in caplog.records}
     assert why in sentence
     assert "CXX" in sentence
     monkeypatch.setattr(kernels, "library", _fresh)
@@ -210,15 +211,47 @@ def test_without_a_compiler_torch_does_it_and_one_sentence_says_so(
 
 
 @needs_compiler
-def test_a_folder_that_cannot_be_made_is_no_fault(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.parametrize("why", ["a file is there", "nobody has a home"])
+def test_it_is_compiled_anew_where_nothing_can_be_kept(
+    why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    if why == "a file is there":
+        (tmp_path / "file").write_text("")
+        monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "file"))
+    else:
+        monkeypatch.delenv("TORCH_EXTENSIONS_DIR", raising=False)
+
+        def no_home() -> Path:
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", no_home)
+    assert _fresh() is not None
+
+
+@needs_compiler
+@pytest.mark.parametrize("liberty", ["-ffast-math", "-Ofast"])
+def test_a_compilers_own_habits_change_no_number(
+    liberty: str, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CXX", f"c++ {liberty}")
+    found = _fresh()
+    assert found is not None
+    monkeypatch.setattr(kernels, "library", lambda: found)
+    test_what_is_no_number_or_has_no_end_stays_so(torch.float32)
+    test_what_is_no_number_or_has_no_end_stays_so(torch.bfloat16)
+
+
+@needs_compiler
+def test_code_that_computes_something_else_is_not_used(
+    home: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    wrong = home.parent / "rows.cpp"
+    wrong.write_text(kernels.SOURCE.read_text().replace("1.0f / 720", "1.1f"))
+    monkeypatch.setattr(kernels, "SOURCE", wrong)
     monkeypatch.setattr(log.get(), "propagate", True)
-    with caplog.at_level("INFO", logger=log.LOGGER_NAME):
+    with caplog.at_level("WARNING", logger=log.LOGGER_NAME):
         assert _fresh() is None
-    assert "TORCH_EXTENSIONS_DIR" in caplog.text
+    assert "computes something else" in caplog.text
 
 
 @needs_compiler

@@ -1,5 +1,6 @@
 """Experts in one node, looped and grouped, beside plain autograd, expert by expert and row by row."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -239,8 +240,14 @@ def test_bf16_rounds_each_sum_once(node: Any) -> None:
         assert float((ours.double() - right).norm() / right.norm()) < 1e-2
 
 
-def test_several_threads_give_the_same_and_leave_no_trace() -> None:
-    experts = _experts(UNITS["gpt_oss"], True, torch.float64)
+@pytest.mark.parametrize(
+    ("kind", "dtype", "error"),
+    [(Desk, torch.float64, 1e-12), *((kind, torch.float32, 1e-5) for kind in COMPILED)],
+)
+def test_several_threads_give_the_same_and_leave_no_trace(
+    kind: type[Desk], dtype: torch.dtype, error: float
+) -> None:
+    experts = _experts(UNITS["gpt_oss"], True, dtype)
     ids = torch.rand(200, 4, generator=torch.Generator().manual_seed(4)).argsort(1)[:, :2].tolist()
     before = torch.get_num_threads()
     found = []
@@ -248,29 +255,76 @@ def test_several_threads_give_the_same_and_leave_no_trace() -> None:
         for threads in (1, 2, 3, 8):  # more than there are experts
             torch.set_num_threads(threads)
             experts.zero_grad()
-            found.append(_run(_loop(torch.float64), experts, ids))
+            found.append(_run(_loop(dtype, kind), experts, ids))
             assert torch.get_num_threads() == threads
             with torch.inference_mode():
                 rows = Rows(
-                    torch.ones(2, 16).double(), torch.ones(2).double(), copies_of(torch.tensor([[0], [1]]), 4)
+                    torch.ones(2, 16, dtype=dtype), torch.ones(2), copies_of(torch.tensor([[0], [1]]), 4)
                 )
                 assert experts(rows).is_inference()
     finally:
         torch.set_num_threads(before)
     for other in found[1:]:
-        _compare(other, found[0], 1e-12)
+        _compare(other, found[0], error)
 
 
-def test_a_fault_in_a_thread_is_a_fault() -> None:
-    experts = _experts(UNITS["swiglu"], False, torch.float32)
+def test_a_fault_at_a_desk_is_a_fault() -> None:
+    experts = _experts(UNITS["swiglu"], True, torch.float32)
+    experts.gate_up_bias = torch.nn.Parameter(torch.ones(4, 15))  # for 16
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:
         copies = copies_of(torch.tensor([[0], [1]]), 4)
-        with pytest.raises(IndexError):
-            experts(Rows(torch.ones(1, 16), torch.ones(2), copies))  # row 1 reads a source that is not there
+        with pytest.raises(RuntimeError, match="15"):
+            experts(Rows(torch.ones(2, 16), torch.ones(2), copies))
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_layout_of_what_is_given_does_not_matter(kind: type[Desk]) -> None:
+    """Sources, weights and integers from elsewhere; and hooks on what is kept that lay it out anew."""
+    experts = _experts(UNITS["swiglu"], False, torch.float32)
+    plain = copies_of(torch.tensor([[0, 2], [2, 0], [0, 3]]), 4)
+    other = replace(plain, source_of_row_R=plain.source_of_row_R.to(torch.int32))
+    draw = torch.Generator().manual_seed(3)
+    source, weights = torch.randn(16, 3, generator=draw).t(), torch.rand(6, 2, generator=draw)[:, 1]
+
+    def as_it_is(tensor: Tensor) -> Tensor:
+        return tensor
+
+    def by_columns(tensor: Tensor) -> Tensor:
+        return tensor.t().contiguous().t() if tensor.ndim == 2 else tensor
+
+    found = []
+    for copies, lay, unpack in ((plain, Tensor.contiguous, as_it_is), (other, as_it_is, by_columns)):
+        experts.zero_grad()
+        x, w = lay(source).detach().requires_grad_(), lay(weights).detach().requires_grad_()
+        with torch.autograd.graph.saved_tensors_hooks(as_it_is, unpack):
+            y = _loop(torch.float32, kind)(experts, Rows(x, w, copies))
+            y.square().sum().backward()
+        found.append({"y": y.detach(), "x": x.grad, "w": w.grad, "gate_up": experts.gate_up.grad})
+    _compare(found[1], found[0], 0.0)
+
+
+@pytest.mark.parametrize(
+    ("change", "error"),
+    [
+        ({"source_MD": torch.ones(1, 16)}, IndexError),
+        ({"weights_R": torch.ones(3)}, ValueError),
+        ({"weights_R": torch.ones(2, device="meta")}, ValueError),
+    ],
+    ids=["a source that is not there", "too many weights", "elsewhere"],
+)
+def test_what_does_not_belong_together_is_refused(change: dict[str, Tensor], error: type[Exception]) -> None:
+    """Compiled code would read whatever lies there."""
+    rows = Rows(torch.ones(2, 16), torch.ones(2), copies_of(torch.tensor([[0], [1]]), 4))
+    experts = _experts(UNITS["swiglu"], False, torch.float32)
+    with pytest.raises(error):
+        experts(replace(rows, **change))
+    experts.gate_up = torch.nn.Parameter(torch.ones(4, 18, 16))
+    with pytest.raises(ValueError, match="18"):
+        experts(rows)
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -4,6 +4,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from pathlib import Path
 
 import pytest
 import torch
@@ -66,6 +67,45 @@ def test_modes_are_the_callers(mode: Callable[[], AbstractContextManager[None]])
         expected = torch.is_inference_mode_enabled()
         together([lambda: made.append(torch.ones(1))] * 2)
     assert [tensor.is_inference() for tensor in made] == [expected] * 2
+
+
+def test_a_thread_that_is_ended_before_it_begins_leaves_nothing_undone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As by what a signal's handler raises at the wrong moment; here OpenMP has no thread at all."""
+
+    class NoThreads:
+        def GOMP_parallel(self, *_: object) -> None:
+            pass
+
+    monkeypatch.setattr(team, "_openmp", NoThreads)
+    done: list[int] = []
+    together([lambda: done.append(1), lambda: done.append(2)])
+    assert done == [1, 2]
+
+
+def test_few_pieces_end_no_thread_of_torchs() -> None:
+    """OpenMP would end those that a team leaves out, and torch's next operation start others."""
+    if team._openmp() is None:
+        pytest.skip("torch here computes without OpenMP")
+
+    def threads() -> set[str]:
+        return {task.name for task in Path("/proc/self/task").iterdir()}
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(4)
+    try:
+        numbers = torch.ones(1_000_000)
+        numbers.add_(1)
+        together([lambda: None] * 2)
+        running, seen = threads(), set()
+        for _ in range(20):
+            numbers.add_(1)
+            together([lambda: None] * 2)
+            seen |= threads()
+        assert len(seen - running) <= 2  # forty, if they were ended each time
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.usefixtures("threads")
