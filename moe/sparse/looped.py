@@ -23,7 +23,8 @@ class LoopedExperts(torch.autograd.Function):
     cache and no [R, D] tensor is made; each expert's weight gradients are written in place. (Indexing a stacked
     parameter expert by expert would make autograd build a zero [e, ...] gradient for each.) Kept for backward
     per row: 2F pre-activations, or nothing with `recompute`. Between what is read and what is stored, everything
-    is in `product_dtype`. `kind` is whose desk the work is done at; `spare` is asked for the gradients' memory.
+    is in `product_dtype`. `kind` is whose desk the work is done at; `spare` gives memory for what is kept and for
+    gradients.
 
     Raises `IndexError` for a row of a source that is not there, `ValueError` for tensors that do not belong together.
     """
@@ -49,7 +50,8 @@ class LoopedExperts(torch.autograd.Function):
         wide = torch.promote_types(product_dtype, torch.float32)
         weights_P = padded.spread(weights_R.to(wide)).contiguous()
         _check(source_MD, weights_P, padded, gate_up, down)
-        kept_P2F = None if recompute else source_MD.new_empty(weights_P.numel(), gate_up.shape[1])
+        shape = (weights_P.numel(), gate_up.shape[1])
+        kept_P2F = None if recompute else spare.empty("kept", shape, source_MD)
 
         def work(desk: Desk, e: int, rows: _Rows) -> None:
             x = desk.copies("x", source_MD, rows.source)
@@ -86,7 +88,8 @@ class LoopedExperts(torch.autograd.Function):
         grad_MD = grad_MD.contiguous()
         grad_weights_P = torch.empty_like(weights_P)
         spare: Spare = ctx.spare
-        grad_gate_up, grad_down = spare.empty_like(gate_up), spare.empty_like(down)
+        grad_gate_up = spare.empty("gate_up", gate_up.shape, gate_up)
+        grad_down = spare.empty("down", down.shape, down)
         grad_gate_up_bias = None if gate_up_bias is None else torch.zeros_like(gate_up_bias)
         grad_down_bias = None if down_bias is None else torch.zeros_like(down_bias)
         for e in (e for e, count in enumerate(padded.rows_per_bucket) if not count):

@@ -16,49 +16,65 @@ from moe.sparse.spare import Spare
 BIG = torch.empty(1, spares.LEAST_BYTES // 4)
 
 
-def test_the_next_of_its_size_gets_the_memory_of_what_was_released() -> None:
+def _empty(spare: Spare) -> Tensor:
+    return spare.empty("gradient", BIG.shape, BIG)
+
+
+def test_the_next_of_its_name_gets_the_memory_of_what_was_released() -> None:
     spare = Spare()
-    first = spare.empty_like(BIG)
+    first = _empty(spare)
     assert (first.shape, first.dtype, first.stride()) == (BIG.shape, BIG.dtype, BIG.stride())
     assert first.grad_fn is None
     assert not first._is_view()
     place = first.data_ptr()
     assert place % 64 == 0
-    assert spare.empty_like(BIG).data_ptr() != place  # it is in use; and this one is released at once
+    assert _empty(spare).data_ptr() != place  # it is in use; and this one is released at once
     view = first.view(2, -1)[1:]
     del first
-    assert spare.empty_like(BIG).data_ptr() != place  # some of it is
+    assert _empty(spare).data_ptr() != place  # some of it is
     view.fill_(1)
     del view
     assert len(spare._memory) == 1  # two were released
     (memory,) = spare._memory.values()
-    again = spare.empty_like(BIG)
+    again = _empty(spare)
     assert again.data_ptr() == memory.data_ptr()
     assert not spare._memory
 
 
-def test_one_of_each_size_is_kept() -> None:
+def test_one_of_each_name_is_kept() -> None:
     spare = Spare()
-    held = [spare.empty_like(BIG) for _ in range(3)]
+    held = [_empty(spare) for _ in range(3)]
     places = {tensor.data_ptr() for tensor in held}
     del held
     assert len(spare._memory) == 1
-    assert spare.empty_like(BIG).data_ptr() in places
-    other = torch.empty(1, spares.LEAST_BYTES // 4 + 16)
-    spare.empty_like(other)
-    assert len(spare._memory) == 2
+    assert _empty(spare).data_ptr() in places
+    spare.empty("another", BIG.shape, BIG)
+    assert spare._memory.keys() == {"gradient", "another"}
+
+
+def test_what_is_kept_serves_what_is_little_smaller_and_gives_way_to_the_rest() -> None:
+    spare = Spare()
+    rows = 5 * spares.LEAST_BYTES // 4 // 4
+    sizes = []
+    for wanted in (rows, rows - rows // 10, rows, rows + 1, rows, spares.LEAST_BYTES // 4):
+        tensor = spare.empty("rows", (wanted, 1), BIG)
+        assert tensor.shape == (wanted, 1)
+        tensor.fill_(1)
+        del tensor
+        sizes.append(spare._memory["rows"].numel() // 4)
+    assert sizes == [rows, rows, rows, rows + 1, rows + 1, spares.LEAST_BYTES // 4]
 
 
 @pytest.mark.parametrize("weight", [torch.empty(10, 10), torch.empty(1, spares.LEAST_BYTES, device="meta")])
 def test_others_are_torchs(weight: Tensor) -> None:
     spare = Spare()
-    spare.empty_like(weight)
+    assert spare.empty("some", weight.shape, weight).shape == weight.shape
     assert not spare._memory
 
 
 def test_a_copy_shares_nothing() -> None:
     spare = Spare()
-    spare.empty_like(BIG)
+    _empty(spare)
     for other in (copy.deepcopy(spare), pickle.loads(pickle.dumps(spare))):
         assert isinstance(other, Spare)
         assert not other._memory
@@ -66,7 +82,7 @@ def test_a_copy_shares_nothing() -> None:
 
 
 def test_what_outlives_its_spare_is_whole() -> None:
-    kept = Spare().empty_like(BIG).fill_(3)
+    kept = _empty(Spare()).fill_(3)
     torch.empty_like(BIG).fill_(4)
     assert bool((kept == 3).all())
 
