@@ -155,7 +155,7 @@ def test_what_a_killed_command_left_in_the_queue_is_cancelled_by_the_next(place:
     done = subprocess.run(again, env=place.env(), capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert place.slurm("squeue", "--noheader") == ""
-    assert first not in done.stderr
+    assert f"job {first.strip()} " not in done.stderr, done.stderr
     assert {path.name for path in (page.parents[1] / "stage").iterdir()} == {
         name for n in range(5) for name in (f"{n:05d}", f"{n:05d}.json")
     }
