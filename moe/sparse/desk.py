@@ -31,8 +31,8 @@ class Desk:
     """Where one thread works: room for one expert's rows, used again for the next, and its share of the sums.
 
     Rows are in the products' dtype; what is narrower is widened when it comes, rounded when it goes. What a row counts,
-    and the sums, are in float32 or wider.
-    What happens to rows between products is done by torch's own operations, one after the other.
+    and the sums, are in float32 or wider. What happens to rows between products is done by torch's own operations, one
+    after the other.
     """
 
     forward_rooms: tuple[str, ...] = ("x", "hidden", "out")

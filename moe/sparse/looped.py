@@ -3,6 +3,7 @@
 M sources, R rows at their experts, P with those that fill up, n rows of one expert, D width, F expert width.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,9 +67,7 @@ class LoopedExperts(torch.autograd.Function):
                 out.addr_(rows.weight.to(out.dtype), down_bias[e].to(out.dtype))
             desk.add(rows.source, out)
 
-        def make(most_rows: int) -> Desk:
-            return kind(source_MD, most_rows, down.shape[2], product_dtype, kind.forward_rooms)
-
+        make = partial(kind, source_MD, width=down.shape[2], dtype=product_dtype, rooms=kind.forward_rooms)
         jobs = _jobs(padded, weights_P, kept_P2F)
         y_MD = at_desks(work, jobs, source_MD, make)
         ctx.save_for_backward(source_MD, weights_P, kept_P2F, gate_up, gate_up_bias, down, down_bias)
@@ -116,10 +115,10 @@ class LoopedExperts(torch.autograd.Function):
                 grad_gate_up_bias[e] = grad_both.sum(0)
             desk.add(rows.source, torch.mm(grad_both, desk.weight(gate_up[e]), out=grad_out))
 
-        def make(most_rows: int) -> Desk:
-            kind: type[Desk] = ctx.kind
-            return kind(source_MD, most_rows, down.shape[2], ctx.product_dtype, kind.backward_rooms)
-
+        kind: type[Desk] = ctx.kind
+        make = partial(
+            kind, source_MD, width=down.shape[2], dtype=ctx.product_dtype, rooms=kind.backward_rooms
+        )
         jobs = _jobs(padded, weights_P, kept_P2F, grad_weights_P)
         grad_source_MD = at_desks(work, jobs, source_MD, make)
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)

@@ -1,4 +1,4 @@
-"""Memory of gradients that is kept for the next ones."""
+"""Memory of big tensors that is kept for the next ones."""
 
 import copy
 import pickle
