@@ -6,11 +6,11 @@ T tokens, D width, V vocabulary, C tokens in a chunk.
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moe.sparse.linear import linear
 from moe.sparse.once import first_derivative_only
-from moe.sparse.product import product_dtype
+from moe.sparse.product import Products
 
 CHUNK_ELEMENTS = 1 << 24
 """Logits held at a time: 64 MiB in float32, whatever the batch and the vocabulary."""
@@ -36,7 +36,7 @@ class Head(nn.Module):
             h = h / self.divisor
             bias = None if bias is None else bias / self.divisor
         if labels is None:
-            return F.linear(h, self.weight, bias)
+            return linear(h, self.weight, bias)
         kept = labels >= 0 if mask is None else mask & (labels >= 0)
         # Asked here: inside a Function's forward, gradients are always off and needs_input_grad ignores no_grad.
         backward = torch.is_grad_enabled() and (h.requires_grad or self.weight.requires_grad)
@@ -47,7 +47,7 @@ class Head(nn.Module):
             labels.clamp(min=0).flatten(),
             kept.flatten(),
             backward,
-            product_dtype(h),
+            Products.of(h, h.numel() * self.weight.shape[0]),
         )
         return loss
 
@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         labels_T: Tensor,
         mask_T: Tensor,
         backward: bool,
-        product_dtype: torch.dtype,
+        products: Products,
     ) -> Tensor:
         wide = torch.promote_types(h_TD.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=h_TD.device)
@@ -76,13 +76,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         trained = backward and weight_VD.requires_grad
         grad_weight_VD = torch.zeros_like(weight_VD, dtype=wide) if trained else None
         grad_bias_V = torch.zeros_like(bias_V, dtype=wide) if trained and bias_V is not None else None
-        factor_VD = weight_VD.to(product_dtype)
+        factor_VD = weight_VD.to(products.dtype)
         chunk = max(1, CHUNK_ELEMENTS // weight_VD.shape[0])
         for start in range(0, h_TD.shape[0], chunk):
             here = slice(start, start + chunk)
-            h_CD, labels_C1 = h_TD[here].to(product_dtype), labels_T[here].unsqueeze(1)
+            h_CD, labels_C1 = h_TD[here].to(products.dtype), labels_T[here].unsqueeze(1)
             mask_C1 = mask_T[here].unsqueeze(1).to(wide)
-            logits_CV = (h_CD @ factor_VD.t()).to(wide)
+            logits_CV = products.multiply(h_CD, factor_VD.t()).to(wide)
             if bias_V is not None:
                 logits_CV += bias_V
             log_sum_exp_C1 = torch.logsumexp(logits_CV, dim=1, keepdim=True)
@@ -93,14 +93,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
             grad_CV.scatter_add_(1, labels_C1, -torch.ones_like(mask_C1)).mul_(mask_C1)
             if grad_bias_V is not None:
                 grad_bias_V += grad_CV.sum(0)
-            grad_CV = grad_CV.to(product_dtype)
-            grad_h_TD[here] = grad_CV @ factor_VD
-            if grad_weight_VD is None:
-                continue
-            if wide == product_dtype:
-                grad_weight_VD.addmm_(grad_CV.t(), h_CD)
-            else:
-                grad_weight_VD += grad_CV.t() @ h_CD
+            grad_CV = grad_CV.to(products.dtype)
+            grad_h_TD[here] = products.multiply(grad_CV, factor_VD)
+            if grad_weight_VD is not None:
+                products.add(grad_CV.t(), h_CD, grad_weight_VD)
         if backward:
             ctx.save_for_backward(grad_h_TD, grad_weight_VD, grad_bias_V)
             ctx.weight_dtype = weight_VD.dtype

@@ -12,6 +12,7 @@ from torch import Tensor
 from moe.sparse import kernels
 from moe.sparse.activation import GatedUnit
 from moe.sparse.desk import Desk
+from moe.sparse.product import Products
 
 _COPIES = {
     (torch.float32, torch.float32): "copy_float32",
@@ -37,13 +38,13 @@ class CompiledDesk(Desk):
     backward_rooms = ("x", "out", "grad_hidden", "grad_gate_up")
 
     def __init__(
-        self, like: Tensor, most_rows: int, width: int, dtype: torch.dtype, rooms: Sequence[str]
+        self, like: Tensor, most_rows: int, width: int, products: Products, rooms: Sequence[str]
     ) -> None:
-        super().__init__(like, most_rows, width, dtype, rooms)
+        super().__init__(like, most_rows, width, products, rooms)
         library = kernels.library()
         assert library is not None, "asked for by desk_for"
-        name = str(dtype).removeprefix("torch.")
-        self._copy = getattr(library, _COPIES[like.dtype, dtype])
+        name = str(self.dtype).removeprefix("torch.")
+        self._copy = getattr(library, _COPIES[like.dtype, self.dtype])
         self._add = getattr(library, f"add_{name}")
         self._activate = getattr(library, f"activate_{name}")
         self._differentiate = getattr(library, f"differentiate_{name}")

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from moe.sparse.activation import GatedUnit
+from moe.sparse.product import Products
 from moe.sparse.team import together
 
 Payload = TypeVar("Payload")
@@ -48,14 +49,15 @@ class Desk:
     """Those that are always asked for."""
 
     def __init__(
-        self, like: Tensor, most_rows: int, width: int, dtype: torch.dtype, rooms: Sequence[str]
+        self, like: Tensor, most_rows: int, width: int, products: Products, rooms: Sequence[str]
     ) -> None:
-        """`like` [M, D]: the sources; `most_rows`: those of the busiest expert; `width`: F; `dtype`: the products'.
+        """`like` [M, D]: the sources; `most_rows`: those of the busiest expert; `width`: F.
 
         `rooms` are those to make now; others are made as they are asked for. What a thread that works beside others
         allocates may come from the kernel, zeroed page by page, so that a desk is better made before it.
         """
-        self.like, self.most_rows, self.width, self.dtype = like, most_rows, width, dtype
+        self.like, self.most_rows, self.width = like, most_rows, width
+        self.products, self.dtype = products, products.dtype
         wide = torch.promote_types(like.dtype, torch.float32)
         self.sums_MD = torch.zeros_like(like, dtype=wide, memory_format=torch.contiguous_format)
         """At least float32, so that bf16 rounds once."""
@@ -112,15 +114,19 @@ class Desk:
         return kept if kept.dtype == self.dtype else self.room(name).copy_(kept)
 
     def weight(self, weight: Tensor) -> Tensor:
-        """`weight` itself, or widened in a room that the next weight, or `product`, takes over."""
+        """`weight` itself, or widened in a room that the next weight, or `write`, takes over."""
         return weight if weight.dtype == self.dtype else self._weight_room(weight.shape).copy_(weight)
 
-    def product(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+    def multiply(self, a: Tensor, b: Tensor, room: Tensor) -> Tensor:
+        """`a` `b`, in `room` or in memory of its own."""
+        return self.products.multiply(a, b, room)
+
+    def write(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """Write `a` `b`, of a weight's size, to `out`."""
         if out.dtype == self.dtype:
-            torch.mm(a, b, out=out)
+            self.products.write(a, b, out)
         else:
-            out.copy_(torch.mm(a, b, out=self._weight_room(out.shape)))
+            out.copy_(self.products.multiply(a, b, self._weight_room(out.shape)))
 
     def _room(self, name: str, width: int, dtype: torch.dtype) -> Tensor:
         if name not in self._buffers:

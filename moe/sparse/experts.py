@@ -14,7 +14,7 @@ from moe.sparse.copies import Copies
 from moe.sparse.grouped import GroupedExperts, fits
 from moe.sparse.looped import LoopedExperts
 from moe.sparse.plan import ExpertLayout
-from moe.sparse.product import product_dtype
+from moe.sparse.product import Products
 from moe.sparse.spare import Spare
 
 
@@ -70,6 +70,8 @@ class Experts(nn.Module):
         if fits(rows.source_MD, self.gate_up, self.down):
             y_MD = GroupedExperts.apply(*arguments)
         else:
-            products = product_dtype(rows.source_MD)
-            y_MD = LoopedExperts.apply(*arguments, products, desk_for(rows.source_MD, products), self.spare)
+            usual_rows = rows.copies.choice_of_row_R.numel() // max(1, self.layout.num_local_experts)
+            products = Products.of(rows.source_MD, usual_rows * self.down[0].numel())
+            kind = desk_for(rows.source_MD, products.dtype)
+            y_MD = LoopedExperts.apply(*arguments, products, kind, self.spare)
         return y_MD

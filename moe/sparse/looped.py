@@ -14,6 +14,7 @@ from moe.sparse.copies import Copies
 from moe.sparse.desk import Desk, Job, at_desks
 from moe.sparse.once import first_derivative_only
 from moe.sparse.padded import Padded
+from moe.sparse.product import Products
 from moe.sparse.spare import Spare
 
 
@@ -24,8 +25,8 @@ class LoopedExperts(torch.autograd.Function):
     cache and no [R, D] tensor is made; each expert's weight gradients are written in place. (Indexing a stacked
     parameter expert by expert would make autograd build a zero [e, ...] gradient for each.) Kept for backward
     per row: 2F pre-activations, or nothing with `recompute`. Between what is read and what is stored, everything
-    is in `product_dtype`. `kind` is whose desk the work is done at; `spare` gives memory for what is kept and for
-    gradients.
+    is in the dtype of `products`. `kind` is whose desk the work is done at; `spare` gives memory for what is kept and
+    for gradients.
 
     Raises `IndexError` for a row of a source that is not there, `ValueError` for tensors that do not belong together.
     """
@@ -42,13 +43,13 @@ class LoopedExperts(torch.autograd.Function):
         copies: Copies,
         unit: GatedUnit,
         recompute: bool,
-        product_dtype: torch.dtype,
+        products: Products,
         kind: type[Desk],
         spare: Spare,
     ) -> Tensor:
         source_MD = source_MD.contiguous()
-        padded = Padded.of(copies, product_dtype)
-        wide = torch.promote_types(product_dtype, torch.float32)
+        padded = Padded.of(copies, products)
+        wide = torch.promote_types(products.dtype, torch.float32)
         weights_P = padded.spread(weights_R.to(wide)).contiguous()
         _check(source_MD, weights_P, padded, gate_up, down)
         shape = (weights_P.numel(), gate_up.shape[1])
@@ -57,21 +58,21 @@ class LoopedExperts(torch.autograd.Function):
         def work(desk: Desk, e: int, rows: _Rows) -> None:
             x = desk.copies("x", source_MD, rows.source)
             kept = rows.gate_up
-            both = desk.room("gate_up") if kept is None or kept.dtype != desk.dtype else kept
-            _linear(x, desk.weight(gate_up[e]), gate_up_bias, e, both)
+            room = desk.room("gate_up") if kept is None or kept.dtype != desk.dtype else kept
+            both = _linear(desk, x, gate_up[e], gate_up_bias, e, room)
             if kept is not None and kept is not both:
                 kept.copy_(both)
             h = desk.activate(unit, both, rows.weight)
-            out = torch.mm(h, desk.weight(down[e]).t(), out=desk.room("out"))
+            out = desk.multiply(h, desk.weight(down[e]).t(), desk.room("out"))
             if down_bias is not None:
                 out.addr_(rows.weight.to(out.dtype), down_bias[e].to(out.dtype))
             desk.add(rows.source, out)
 
-        make = partial(kind, source_MD, width=down.shape[2], dtype=product_dtype, rooms=kind.forward_rooms)
+        make = partial(kind, source_MD, width=down.shape[2], products=products, rooms=kind.forward_rooms)
         jobs = _jobs(padded, weights_P, kept_P2F)
         y_MD = at_desks(work, jobs, source_MD, make)
         ctx.save_for_backward(source_MD, weights_P, kept_P2F, gate_up, gate_up_bias, down, down_bias)
-        ctx.padded, ctx.unit, ctx.product_dtype = padded, unit, product_dtype
+        ctx.padded, ctx.unit, ctx.products = padded, unit, products
         ctx.kind, ctx.spare = kind, spare
         return y_MD
 
@@ -98,27 +99,25 @@ class LoopedExperts(torch.autograd.Function):
         def work(desk: Desk, e: int, rows: _Rows) -> None:
             x = desk.copies("x", source_MD, rows.source)
             if rows.gate_up is None:
-                both = _linear(x, desk.weight(gate_up[e]), gate_up_bias, e, desk.room("gate_up"))
+                both = _linear(desk, x, gate_up[e], gate_up_bias, e, desk.room("gate_up"))
                 if both.dtype != source_MD.dtype:
                     both.copy_(both.to(source_MD.dtype))  # as they would have been kept
             else:
                 both = desk.rows_of("gate_up", rows.gate_up)
             grad_out = desk.copies("out", grad_MD, rows.source)
-            grad_h = torch.mm(grad_out, desk.weight(down[e]), out=desk.room("grad_hidden"))
+            grad_h = desk.multiply(grad_out, desk.weight(down[e]), desk.room("grad_hidden"))
             h, grad_both = desk.differentiate(unit, both, rows.weight, grad_h, rows.grad_weight)
-            desk.product(grad_out.t(), h, out=grad_down[e])
+            desk.write(grad_out.t(), h, out=grad_down[e])
             if down_bias is not None and grad_down_bias is not None:
                 rows.grad_weight.add_(torch.mv(grad_out, down_bias[e].to(grad_out.dtype)))
                 grad_down_bias[e] = torch.mv(grad_out.t(), rows.weight.to(grad_out.dtype))
-            desk.product(grad_both.t(), x, out=grad_gate_up[e])
+            desk.write(grad_both.t(), x, out=grad_gate_up[e])
             if grad_gate_up_bias is not None:
                 grad_gate_up_bias[e] = grad_both.sum(0)
-            desk.add(rows.source, torch.mm(grad_both, desk.weight(gate_up[e]), out=grad_out))
+            desk.add(rows.source, desk.multiply(grad_both, desk.weight(gate_up[e]), grad_out))
 
         kind: type[Desk] = ctx.kind
-        make = partial(
-            kind, source_MD, width=down.shape[2], dtype=ctx.product_dtype, rooms=kind.backward_rooms
-        )
+        make = partial(kind, source_MD, width=down.shape[2], products=ctx.products, rooms=kind.backward_rooms)
         jobs = _jobs(padded, weights_P, kept_P2F, grad_weights_P)
         grad_source_MD = at_desks(work, jobs, source_MD, make)
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)
@@ -164,6 +163,8 @@ def _jobs(
     return [Job(e, n, _Rows(*rows)) for e, (n, rows) in enumerate(zip(counts, pieces, strict=True)) if n]
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None, expert: int, out: Tensor) -> Tensor:
-    torch.mm(x, weight.t(), out=out)
-    return out if bias is None else out.add_(bias[expert])
+def _linear(
+    desk: Desk, x: Tensor, weight: Tensor, biases: Tensor | None, expert: int, room: Tensor
+) -> Tensor:
+    rows = desk.multiply(x, desk.weight(weight).t(), room)
+    return rows if biases is None else rows.add_(biases[expert])

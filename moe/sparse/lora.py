@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moe.sparse.copies import Copies, copy_rows, sum_rows
 from moe.sparse.experts import Experts, Rows
 from moe.sparse.grouped import fits
-from moe.sparse.linear import Linear, WideLinear
+from moe.sparse.linear import Linear, linear
 from moe.sparse.product import product_dtype
 
 A, B = "_lora_a", "_lora_b"
@@ -32,8 +32,8 @@ class AdaptedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F]."""
-        low = _linear(x, self.weight_lora_a)
-        return super().forward(x) + _linear(low, self.weight_lora_b) * self.lora_scale
+        low = linear(x, self.weight_lora_a)
+        return super().forward(x) + linear(low, self.weight_lora_b) * self.lora_scale
 
 
 class AdaptedExperts(Experts):
@@ -171,14 +171,6 @@ def _slices(copies: Copies) -> list[tuple[int, slice]]:
 def _expert_of_row(copies: Copies) -> Tensor:
     experts = torch.arange(copies.counts.numel(), device=copies.counts.device)
     return experts.repeat_interleave(copies.counts, output_size=copies.choice_of_row_R.numel())
-
-
-def _linear(x: Tensor, weight_FD: Tensor) -> Tensor:
-    products = product_dtype(x)
-    if products == x.dtype:
-        return F.linear(x, weight_FD)
-    y: Tensor = WideLinear.apply(x, weight_FD, None, products)
-    return y
 
 
 def _adopt(module: nn.Module, cls: type[nn.Module], scale: float) -> None:

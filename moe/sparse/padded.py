@@ -1,4 +1,4 @@
-"""The rows of each expert -> as many as one of few sizes: a product in bf16 on CPU has a kernel made for each.
+"""The rows of each expert -> as many as one of few sizes: oneDNN makes a kernel for each.
 
 R rows at their experts, P rows with those that fill up, e experts held here.
 """
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from moe.sparse.copies import Copies
+from moe.sparse.product import Products
 
 _SIZES = 32
 """Between a power of two and the next, from 256 on: at most 1 row in 32 fills up, on average 1 in 64."""
@@ -33,9 +34,9 @@ class Padded:
     """bool: whether it only fills up."""
 
     @classmethod
-    def of(cls, copies: Copies, product_dtype: torch.dtype) -> "Padded":
-        """For products in bf16; others have the rows that there are."""
-        if product_dtype != torch.bfloat16:
+    def of(cls, copies: Copies, products: Products) -> "Padded":
+        """For products that have a kernel for each size; for others, the rows that there are."""
+        if not products.sized:
             return cls(copies.rows_per_bucket, copies.source_of_row_R.long().contiguous(), None, None)
         sizes = [size_for(count) for count in copies.rows_per_bucket]
         sizes_e, counts_e = torch.tensor(sizes), copies.counts

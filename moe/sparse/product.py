@@ -1,6 +1,9 @@
-"""A CPU's abilities -> the dtype in which products of bf16 are computed: bf16 itself needs units for it."""
+"""A CPU's abilities -> how it multiplies fastest: in which dtype, and by which of torch's libraries."""
 
-from collections.abc import Mapping
+import functools
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +11,61 @@ from torch import Tensor
 
 _BF16_UNITS = ("avx512_bf16", "avx10_2", "amx_bf16", "bf16", "sve_bf16")
 """Names of `torch.cpu.get_capabilities`: of x86, the last two of ARM."""
+
+LEAST = 1 << 21
+"""Multiplications: a product of fewer is over before oneDNN has found its kernel."""
+
+_BLOCK_ROWS = 256
+"""Of a product, at a time: what oneDNN returns is still in the cache when it is copied to where it belongs."""
+
+_TRIAL_SIZE, _TRIAL_ROUNDS = 320, 5
+_WORTH_IT = 0.75
+"""Of the time: a smaller difference is not worth the copies, and may come out otherwise next time."""
+
+
+@dataclass(frozen=True)
+class Products:
+    """How tensors are multiplied."""
+
+    dtype: torch.dtype
+    by_onednn: bool = False
+    """Whether float32 goes to oneDNN, past `torch.mm`."""
+
+    @classmethod
+    def of(cls, like: Tensor, size: int) -> "Products":
+        """For tensors `like` this one, where it lies; `size`: multiplications of a usual product."""
+        dtype = product_dtype(like)
+        big = dtype == torch.float32 and like.device.type == "cpu" and size >= LEAST
+        return cls(dtype, big and onednn_is_faster())
+
+    @property
+    def sized(self) -> bool:
+        """Whether there is a kernel for each size, made when it first comes: torch's bf16 goes to oneDNN too."""
+        return self.by_onednn or self.dtype == torch.bfloat16
+
+    def multiply(self, a: Tensor, b: Tensor, room: Tensor | None = None) -> Tensor:
+        """`a` [n, k] times `b` [k, m], in `room` [n, m] or in memory of its own: what is returned counts."""
+        return _by_onednn(a, b) if self.by_onednn else torch.mm(a, b, out=room)
+
+    def write(self, a: Tensor, b: Tensor, out: Tensor) -> None:
+        """`a` [n, k] times `b` [k, m] to `out` [n, m]."""
+        if not self.by_onednn:
+            torch.mm(a, b, out=out)
+            return
+        for rows, to in _in_blocks(a.contiguous(), out):
+            to.copy_(_by_onednn(rows, b))
+
+    def add(self, a: Tensor, b: Tensor, onto: Tensor) -> None:
+        """`a` [n, k] times `b` [k, m], added to `onto` [n, m], which may be wider."""
+        if onto.dtype == self.dtype and not self.by_onednn:
+            onto.addmm_(a, b)
+            return
+        for rows, to in _in_blocks(a, onto):
+            to += self.multiply(rows, b)
+
+
+def _in_blocks(a: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    return zip(a.split(_BLOCK_ROWS), out.split(_BLOCK_ROWS), strict=True)
 
 
 def product_dtype(like: Tensor) -> torch.dtype:
@@ -20,3 +78,45 @@ def product_dtype(like: Tensor) -> torch.dtype:
 def has_bf16_units(capabilities: Mapping[str, Any]) -> bool:
     """Without them a product in bf16 takes several times as long as one in float32 with all conversions."""
     return any(capabilities.get(name, False) for name in _BF16_UNITS)
+
+
+@functools.cache
+def onednn_is_faster() -> bool:
+    """Whether oneDNN multiplies float32 here by far faster than the library behind `torch.mm`, and right.
+
+    In most builds for x86 that is MKL, which on processors that are not Intel's leaves AVX-512 alone: it takes twice as
+    long there. Tried once in a process, for milliseconds of the thread's own time, so that it does not matter who else
+    is at work.
+    """
+    if not torch.backends.mkldnn.is_available():
+        return False
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.no_grad():
+            return _wins_a_trial()
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _wins_a_trial() -> bool:
+    size = _TRIAL_SIZE
+    a = torch.linspace(-1, 1, size * size, dtype=torch.float32, device="cpu").view(size, size)
+    b = a.sin().flip(0)
+    exact = a.double() @ b.double()
+    if not torch.allclose(_by_onednn(a, b).double(), exact, rtol=1e-4, atol=1e-4):
+        return False
+    rounds = [(_seconds(_by_onednn, a, b), _seconds(torch.mm, a, b)) for _ in range(_TRIAL_ROUNDS)]
+    onednn_s, usual_s = (min(seconds) for seconds in zip(*rounds, strict=True))
+    return bool(onednn_s < _WORTH_IT * usual_s)
+
+
+def _seconds(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor) -> float:
+    began = time.thread_time()
+    multiply(a, b)
+    return time.thread_time() - began
+
+
+def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    return product

@@ -14,6 +14,7 @@ from moe.config import BalanceConfig, MoEConfig
 from moe.loss import Totals, losses
 from moe.model import ModelOutput
 from moe.sparse import Capacity, ExpertLayout, Jitter, SparseMoE
+from moe.sparse.product import Products
 from moe.sparse.reference import ReferenceWeights, sparse_layer
 from tests.harness import run_ranks
 from tests.names import REFERENCE
@@ -370,6 +371,18 @@ def test_a_layer_in_float32_is_near_the_reference_on_several_ranks(
     world_size: int, ep: int, tmp_path: Path
 ) -> None:
     run_ranks(_check, world_size, tmp_path, world_size, ep, CASES, torch.float32)
+
+
+def _check_by_onednn(rank: int, world_size: int, ep: int, cases: list[Case]) -> None:
+    """As on a processor where oneDNN multiplies faster, if products were big."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Products, "of", lambda like, size: Products(like.dtype, by_onednn=size > 0))
+        _check(rank, world_size, ep, cases, torch.float32)
+
+
+@pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2), (4, 2)])
+def test_a_layer_multiplied_by_onednn_is_near_the_reference(world_size: int, ep: int, tmp_path: Path) -> None:
+    run_ranks(_check_by_onednn, world_size, tmp_path, world_size, ep, CASES)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=["float64", "float32"])

@@ -17,6 +17,7 @@ from moe.sparse import kernels
 from moe.sparse.activation import GatedUnit
 from moe.sparse.compiled import CompiledDesk, desk_for
 from moe.sparse.desk import Desk
+from moe.sparse.product import Products
 from tests.compiled import COMPILED
 
 UNITS = [GatedUnit(), GatedUnit(limit=0.7), GatedUnit(1.702, 1.0, 7.0), GatedUnit(2.6, 0.5)]
@@ -31,7 +32,7 @@ needs_compiler = pytest.mark.skipif(not COMPILED, reason="rows.cpp cannot be com
 
 
 def _desk(rows: int, width: int, inner: int, source: torch.dtype, products: torch.dtype) -> CompiledDesk:
-    desk = CompiledDesk(torch.zeros(9, width, dtype=source), rows, inner, products, ())
+    desk = CompiledDesk(torch.zeros(9, width, dtype=source), rows, inner, Products(products), ())
     desk.rows = rows
     return desk
 
@@ -126,7 +127,7 @@ def test_bf16_is_rounded_as_torch_does(bits: range) -> None:
     numbers = numbers[(numbers.abs() < 1e30) & (numbers.abs() > 1e-30)]
     # sigmoid(100) is 1: the output is 100 * up, with up = x / 100 rounded alike in both.
     gate = torch.full_like(numbers, 100.0)
-    desk = CompiledDesk(torch.zeros(1, 1), 1, len(numbers), torch.float32, ())
+    desk = CompiledDesk(torch.zeros(1, 1), 1, len(numbers), Products(torch.float32), ())
     desk.rows = 1
     product = desk.activate(GatedUnit(), torch.cat([gate, numbers]).unsqueeze(0), torch.ones(1))
     narrow = numbers.bfloat16()

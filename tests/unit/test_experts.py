@@ -16,6 +16,7 @@ from moe.sparse.experts import Experts, Rows
 from moe.sparse.grouped import GroupedExperts
 from moe.sparse.looped import LoopedExperts
 from moe.sparse.plan import ExpertLayout
+from moe.sparse.product import Products
 from moe.sparse.spare import Spare
 from tests.compiled import COMPILED, KINDS
 
@@ -70,8 +71,8 @@ def _node(function: Any, *arguments: Any) -> Any:
     return run
 
 
-def _loop(products: torch.dtype, kind: type[Desk] = Desk) -> Any:
-    return _node(LoopedExperts, products, kind, Spare())
+def _loop(dtype: torch.dtype, kind: type[Desk] = Desk, by_onednn: bool = False) -> Any:
+    return _node(LoopedExperts, Products(dtype, by_onednn), kind, Spare())
 
 
 GROUPED = _node(GroupedExperts)
@@ -137,16 +138,17 @@ def test_the_units_gradient_is_right_for_near_and_far_gates(unit: GatedUnit, kee
         torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=2e-6)
 
 
+@pytest.mark.parametrize("by_onednn", [False, True], ids=["mm", "oneDNN"])
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("load", LOADS)
 def test_the_loop_in_float32_is_near_the_formula(
-    load: str, unit: str, bias: bool, recompute: bool, kind: type[Desk]
+    load: str, unit: str, bias: bool, recompute: bool, kind: type[Desk], by_onednn: bool
 ) -> None:
     experts = _experts(UNITS[unit], bias, torch.float32, recompute)
-    found = _run(_loop(torch.float32, kind), experts, LOADS[load])
+    found = _run(_loop(torch.float32, kind, by_onednn), experts, LOADS[load])
     experts.zero_grad()
     exact = _run(_plainly, experts.double(), LOADS[load])
     _compare(found, {name: None if value is None else value.float() for name, value in exact.items()}, 2e-5)
@@ -194,11 +196,12 @@ def test_bf16_is_near_the_formula_whatever_its_products_are_in(
     ("node", "dtype"),
     [
         (_loop(torch.float32), torch.float32),
+        (_loop(torch.float32, by_onednn=True), torch.float32),
         (_loop(torch.bfloat16), torch.bfloat16),
         *((_loop(torch.bfloat16, kind), torch.bfloat16) for kind in COMPILED),
         (GROUPED, torch.float32),
     ],
-    ids=["loop", "filled-up loop", *["compiled loop"] * len(COMPILED), "grouped"],
+    ids=["loop", "loop by oneDNN", "filled-up loop", *["compiled loop"] * len(COMPILED), "grouped"],
 )
 def test_choices_that_are_not_made_get_nothing(node: Any, dtype: torch.dtype) -> None:
     experts = _experts(UNITS["gpt_oss"], True, dtype)
@@ -222,10 +225,11 @@ def test_choices_that_are_not_made_get_nothing(node: Any, dtype: torch.dtype) ->
     [
         _loop(torch.bfloat16),
         _loop(torch.float32),
+        _loop(torch.float32, by_onednn=True),
         *(_loop(torch.bfloat16, kind) for kind in COMPILED),
         GROUPED,
     ],
-    ids=["loop", "loop in float32", *["compiled loop"] * len(COMPILED), "grouped"],
+    ids=["loop", "loop in float32", "loop by oneDNN", *["compiled loop"] * len(COMPILED), "grouped"],
 )
 def test_bf16_rounds_each_sum_once(node: Any) -> None:
     """A token whose 64 choices add up to little: sums kept in bf16 would lose most of it."""
@@ -241,11 +245,14 @@ def test_bf16_rounds_each_sum_once(node: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("kind", "dtype", "error"),
-    [(Desk, torch.float64, 1e-12), *((kind, torch.float32, 1e-5) for kind in COMPILED)],
+    ("kind", "dtype", "by_onednn", "error"),
+    [
+        (Desk, torch.float64, False, 1e-12),
+        *((kind, torch.float32, by_onednn, 1e-5) for kind in COMPILED for by_onednn in (False, True)),
+    ],
 )
 def test_several_threads_give_the_same_and_leave_no_trace(
-    kind: type[Desk], dtype: torch.dtype, error: float
+    kind: type[Desk], dtype: torch.dtype, by_onednn: bool, error: float
 ) -> None:
     experts = _experts(UNITS["gpt_oss"], True, dtype)
     ids = torch.rand(200, 4, generator=torch.Generator().manual_seed(4)).argsort(1)[:, :2].tolist()
@@ -255,7 +262,7 @@ def test_several_threads_give_the_same_and_leave_no_trace(
         for threads in (1, 2, 3, 8):  # more than there are experts
             torch.set_num_threads(threads)
             experts.zero_grad()
-            found.append(_run(_loop(dtype, kind), experts, ids))
+            found.append(_run(_loop(dtype, kind, by_onednn), experts, ids))
             assert torch.get_num_threads() == threads
             with torch.inference_mode():
                 rows = Rows(

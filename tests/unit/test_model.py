@@ -15,6 +15,7 @@ from moe.model import head as heads
 from moe.model.head import Head
 from moe.model.rope import rotation
 from moe.sparse import ExpertLayout
+from moe.sparse.product import Products
 
 
 def _config(**changes: Any) -> ModelConfig:
@@ -265,17 +266,22 @@ def test_recomputation_changes_no_bit_and_counts_once(config: ModelConfig) -> No
 
 @pytest.mark.parametrize(
     ("precision", "products", "fillers"),
-    [("fp32", torch.float32, 0), ("bf16", torch.float32, 0), ("bf16", torch.bfloat16, 7)],
+    [
+        ("fp32", Products(torch.float32), 0),
+        ("fp32", Products(torch.float32, by_onednn=True), 7),
+        ("bf16", Products(torch.float32), 0),
+        ("bf16", Products(torch.bfloat16), 7),
+    ],
 )
 def test_what_experts_keep_for_backward_is_what_is_stated(
     config: ModelConfig,
     precision: Literal["fp32", "bf16"],
-    products: torch.dtype,
+    products: Products,
     fillers: int,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of all tensors that autograd keeps, recomputing the experts saves the stated bytes, and rows that fill up."""
-    monkeypatch.setattr("moe.sparse.experts.product_dtype", lambda like: products)
+    monkeypatch.setattr(Products, "of", lambda like, size: products)
     ids, labels, _ = _batch()
     kept = []
     for recompute in ("none", "experts"):

@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from moe.sparse.copies import copies_of
 from moe.sparse.padded import Padded, size_for
+from moe.sparse.product import Products
 
 
 @given(st.integers(0, 100_000))
@@ -24,7 +25,7 @@ def test_there_are_few_sizes() -> None:
 def test_rows_come_back_and_fillers_are_the_experts_own(ids: list[list[int]], masked: bool) -> None:
     ids_MK = torch.tensor(ids)
     copies = copies_of(ids_MK, 6, ids_MK != 2 if masked else None)
-    padded = Padded.of(copies, torch.bfloat16)
+    padded = Padded.of(copies, Products(torch.bfloat16))
     weights_R = torch.arange(1.0, len(copies.source_of_row_R) + 1)
     spread_P = padded.spread(weights_R)
     assert padded.gather(spread_P).equal(weights_R)
@@ -36,10 +37,11 @@ def test_rows_come_back_and_fillers_are_the_experts_own(ids: list[list[int]], ma
         assert set(here.tolist()) == set(there.tolist())
 
 
-def test_only_products_in_bf16_are_padded() -> None:
+def test_only_products_with_a_kernel_for_each_size_are_padded() -> None:
     copies = copies_of(torch.tensor([[0], [2]]), 3)
-    padded = Padded.of(copies, torch.float32)
+    padded = Padded.of(copies, Products(torch.float32))
     weights_R = torch.ones(2)
     assert padded.rows_per_bucket == [1, 0, 1]
     assert padded.spread(weights_R) is weights_R
     assert padded.gather(weights_R) is weights_R
+    assert Padded.of(copies, Products(torch.float32, by_onednn=True)).rows_per_bucket == [8, 0, 8]

@@ -1,9 +1,19 @@
-"""In what products are computed, by what a CPU says of itself."""
+"""How products are computed, by what a CPU says of itself, and by what a trial on it says."""
+
+from collections.abc import Iterator
 
 import pytest
 import torch
 
-from moe.sparse.product import has_bf16_units, product_dtype
+from moe.sparse import product
+from moe.sparse.product import LEAST, Products, has_bf16_units, onednn_is_faster, product_dtype
+
+
+@pytest.fixture
+def untried() -> Iterator[None]:
+    onednn_is_faster.cache_clear()
+    yield
+    onednn_is_faster.cache_clear()
 
 
 @pytest.mark.parametrize(
@@ -39,3 +49,62 @@ def test_bf16_stays_on_other_devices() -> None:
     here = has_bf16_units(torch.cpu.get_capabilities())
     expected = torch.bfloat16 if here else torch.float32
     assert product_dtype(torch.empty(1, dtype=torch.bfloat16)) == expected
+
+
+@pytest.mark.parametrize("by_onednn", [False, True])
+def test_products_are_written_and_added_in_blocks(by_onednn: bool) -> None:
+    products = Products(torch.float32, by_onednn)
+    draw = torch.Generator().manual_seed(1)
+    a, b = (
+        torch.randn(30, 600, generator=draw).t(),
+        torch.randn(50, 30, generator=draw).t(),
+    )  # more than two blocks
+    exact = a.double() @ b.double()
+    out = torch.full((600, 50), torch.nan)
+    products.write(a, b, out)
+    torch.testing.assert_close(out.double(), exact, rtol=1e-5, atol=1e-5)
+    products.add(a, b, out)
+    torch.testing.assert_close(out.double(), 2 * exact, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(products.multiply(a, b).double(), exact, rtol=1e-5, atol=1e-5)
+    wide = torch.ones(600, 50, dtype=torch.float64)
+    products.add(a, b, wide)
+    torch.testing.assert_close(wide, 1 + exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize(
+    ("onednn_s", "usual_s", "wins"), [(1.0, 2.0, True), (1.0, 1.1, False), (2.0, 1.0, False)]
+)
+def test_onednn_multiplies_where_it_is_by_far_faster(
+    onednn_s: float, usual_s: float, wins: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        product, "_seconds", lambda multiply, a, b: usual_s if multiply is torch.mm else onednn_s
+    )
+    threads = torch.get_num_threads()
+    like = torch.empty(1)
+    assert Products.of(like, LEAST) == Products(torch.float32, by_onednn=wins)
+    assert torch.get_num_threads() == threads
+    assert Products.of(like, LEAST - 1) == Products(torch.float32)
+    assert Products.of(torch.empty(1, dtype=torch.float64), LEAST) == Products(torch.float64)
+    assert Products.of(torch.empty(1, device="meta"), LEAST) == Products(torch.float32)
+
+
+@pytest.mark.usefixtures("untried")
+@pytest.mark.parametrize("fault", ["wrong", "not there"])
+def test_onednn_does_not_multiply_where_it_is_wrong_or_not_there(
+    fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(product, "_seconds", lambda multiply, a, b: 1.0 if multiply is torch.mm else 0.0)
+    if fault == "wrong":
+        monkeypatch.setattr(product, "_by_onednn", lambda a, b: (a @ b) * 1.01)
+    else:
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not onednn_is_faster()
+
+
+@pytest.mark.usefixtures("untried")
+def test_the_trial_measures_and_says_the_same_again() -> None:
+    first = onednn_is_faster()
+    onednn_is_faster.cache_clear()
+    assert onednn_is_faster() == first

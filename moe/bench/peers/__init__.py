@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from moe.bench.peers import deepspeed, hf
 from moe.bench.peers.contender import Contender, Entry, Unavailable
-from moe.bench.peers.limit import Dense
+from moe.bench.peers.limit import Dense, DenseBlock
 from moe.bench.peers.megatron import Megatron
 from moe.bench.peers.olmo import OLMo
 from moe.bench.peers.ours import Ours
@@ -19,6 +19,7 @@ OURS = Entry("turnout", "turnout", Ours)
 ENTRIES = (
     LIMIT,
     OURS,
+    Entry("turnout, dense", "turnout", DenseBlock),
     Entry("HF grouped_mm", "transformers", lambda problem: hf.HuggingFace(problem, "grouped_mm")),
     Entry("HF batched_mm", "transformers", hf.batched_mm),
     Entry("HF eager", "transformers", lambda problem: hf.HuggingFace(problem, "eager")),
