@@ -47,7 +47,7 @@ class Head(nn.Module):
             labels.clamp(min=0).flatten(),
             kept.flatten(),
             backward,
-            Products.of(h, h.numel() * self.weight.shape[0]),
+            Products.of(h, labels.numel(), self.weight),
         )
         return loss
 

@@ -71,7 +71,7 @@ class Experts(nn.Module):
             y_MD = GroupedExperts.apply(*arguments)
         else:
             usual_rows = rows.copies.choice_of_row_R.numel() // max(1, self.layout.num_local_experts)
-            products = Products.of(rows.source_MD, usual_rows * self.down[0].numel())
+            products = Products.of(rows.source_MD, usual_rows, self.down[0])
             kind = desk_for(rows.source_MD, products.dtype)
             y_MD = LoopedExperts.apply(*arguments, products, kind, self.spare)
         return y_MD

@@ -22,7 +22,7 @@ class Linear(nn.Linear):
 
 def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
     """[..., D] -> [..., F]: x W^T + b."""
-    products = Products.of(x, x.numel() * weight_FD.shape[0])
+    products = Products.of(x, x.shape[:-1].numel(), weight_FD)
     if products == Products(x.dtype):
         return nn.functional.linear(x, weight_FD, bias_F)
     y: Tensor = LinearFunction.apply(x, weight_FD, bias_F, products)

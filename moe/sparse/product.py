@@ -12,8 +12,9 @@ from torch import Tensor
 _BF16_UNITS = ("avx512_bf16", "avx10_2", "amx_bf16", "bf16", "sve_bf16")
 """Names of `torch.cpu.get_capabilities`: of x86, the last two of ARM."""
 
-LEAST = 1 << 21
-"""Multiplications: a product of fewer is over before oneDNN has found its kernel."""
+LEAST_ROWS, LEAST_WEIGHT = 32, 1 << 16
+"""What is smaller is over before oneDNN has found its kernel. Two bounds, so that sharing a batch among more ranks does
+not change who multiplies."""
 
 _BLOCK_ROWS = 256
 """Of a product, at a time: what oneDNN returns is still in the cache when it is copied to where it belongs."""
@@ -32,11 +33,12 @@ class Products:
     """Whether float32 goes to oneDNN, past `torch.mm`."""
 
     @classmethod
-    def of(cls, like: Tensor, size: int) -> "Products":
-        """For tensors `like` this one, where it lies; `size`: multiplications of a usual product."""
+    def of(cls, like: Tensor, rows: int, weight: Tensor) -> "Products":
+        """For so many rows `like` these, times a matrix as big as `weight`, where they lie."""
         dtype = product_dtype(like)
-        big = dtype == torch.float32 and like.device.type == "cpu" and size >= LEAST
-        return cls(dtype, big and onednn_is_faster())
+        narrow = dtype == torch.float32 and like.device.type == "cpu"
+        big = rows >= LEAST_ROWS and weight.numel() >= LEAST_WEIGHT
+        return cls(dtype, narrow and big and onednn_is_faster())
 
     @property
     def sized(self) -> bool:

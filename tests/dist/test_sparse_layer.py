@@ -376,7 +376,7 @@ def test_a_layer_in_float32_is_near_the_reference_on_several_ranks(
 def _check_by_onednn(rank: int, world_size: int, ep: int, cases: list[Case]) -> None:
     """As on a processor where oneDNN multiplies faster, if products were big."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Products, "of", lambda like, size: Products(like.dtype, by_onednn=size > 0))
+        patch.setattr(Products, "of", lambda like, rows, weight: Products(like.dtype, by_onednn=rows > 0))
         _check(rank, world_size, ep, cases, torch.float32)
 
 

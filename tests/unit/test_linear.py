@@ -61,7 +61,7 @@ def test_by_onednn_it_is_near_float64(shape: tuple[int, ...], bias: bool) -> Non
 def test_bf16_is_rounded_once_where_products_are_wider(
     products: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Products, "of", lambda like, size: Products(products))
+    monkeypatch.setattr(Products, "of", lambda like, rows, weight: Products(products))
     layer = Linear(64, 48).double()
     x, grad = _draw(200, 64).requires_grad_(), _draw(200, 48)
     with torch.no_grad():
@@ -99,7 +99,7 @@ def test_bf16_is_rounded_once_where_products_are_wider(
 def test_the_head_is_near_float64(
     dtype: torch.dtype, products: Products, error: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Products, "of", lambda like, size: products)
+    monkeypatch.setattr(Products, "of", lambda like, rows, weight: products)
     monkeypatch.setattr(head, "CHUNK_ELEMENTS", 7 * 50)  # seven tokens at a time
     labels = torch.randint(50, (40,), generator=torch.Generator().manual_seed(3))
     losses, grads = [], []

@@ -281,7 +281,7 @@ def test_what_experts_keep_for_backward_is_what_is_stated(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Of all tensors that autograd keeps, recomputing the experts saves the stated bytes, and rows that fill up."""
-    monkeypatch.setattr(Products, "of", lambda like, size: products)
+    monkeypatch.setattr(Products, "of", lambda like, rows, weight: products)
     ids, labels, _ = _batch()
     kept = []
     for recompute in ("none", "experts"):

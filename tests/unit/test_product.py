@@ -6,7 +6,14 @@ import pytest
 import torch
 
 from moe.sparse import product
-from moe.sparse.product import LEAST, Products, has_bf16_units, onednn_is_faster, product_dtype
+from moe.sparse.product import (
+    LEAST_ROWS,
+    LEAST_WEIGHT,
+    Products,
+    has_bf16_units,
+    onednn_is_faster,
+    product_dtype,
+)
 
 
 @pytest.fixture
@@ -82,12 +89,13 @@ def test_onednn_multiplies_where_it_is_by_far_faster(
         product, "_seconds", lambda multiply, a, b: usual_s if multiply is torch.mm else onednn_s
     )
     threads = torch.get_num_threads()
-    like = torch.empty(1)
-    assert Products.of(like, LEAST) == Products(torch.float32, by_onednn=wins)
+    like, weight = torch.empty(1), torch.empty(LEAST_WEIGHT)
+    assert Products.of(like, LEAST_ROWS, weight) == Products(torch.float32, by_onednn=wins)
     assert torch.get_num_threads() == threads
-    assert Products.of(like, LEAST - 1) == Products(torch.float32)
-    assert Products.of(torch.empty(1, dtype=torch.float64), LEAST) == Products(torch.float64)
-    assert Products.of(torch.empty(1, device="meta"), LEAST) == Products(torch.float32)
+    assert Products.of(like, LEAST_ROWS - 1, weight) == Products(torch.float32)
+    assert Products.of(like, LEAST_ROWS, weight[1:]) == Products(torch.float32)
+    assert Products.of(like.double(), LEAST_ROWS, weight) == Products(torch.float64)
+    assert Products.of(like.to("meta"), LEAST_ROWS, weight) == Products(torch.float32)
 
 
 @pytest.mark.usefixtures("untried")
