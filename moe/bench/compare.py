@@ -41,7 +41,7 @@ class Line:
     name: str
     version: str
     error: float | None
-    """Largest of `errors`; None for the dense limit, which solves another problem."""
+    """Largest of `errors`; None for dense layers, which solve another problem."""
     errors: dict[str, float]
     """Relative (Frobenius) against float64: of the output and the gradients of the input and each weight."""
     other_choices: float

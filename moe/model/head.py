@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe.sparse.linear import linear
+from moe.sparse.linear import linear_map
 from moe.sparse.once import first_derivative_only
 from moe.sparse.product import Products
 
@@ -36,7 +36,7 @@ class Head(nn.Module):
             h = h / self.divisor
             bias = None if bias is None else bias / self.divisor
         if labels is None:
-            return linear(h, self.weight, bias)
+            return linear_map(h, self.weight, bias)
         kept = labels >= 0 if mask is None else mask & (labels >= 0)
         # Asked here: inside a Function's forward, gradients are always off and needs_input_grad ignores no_grad.
         backward = torch.is_grad_enabled() and (h.requires_grad or self.weight.requires_grad)

@@ -123,7 +123,7 @@ class Desk:
 
     def write(self, a: Tensor, b: Tensor, out: Tensor) -> None:
         """Write `a` `b`, of a weight's size, to `out`."""
-        if out.dtype == self.dtype:
+        if out.dtype == self.dtype or self.products.by_onednn:
             self.products.write(a, b, out)
         else:
             out.copy_(self.products.multiply(a, b, self._weight_room(out.shape)))

@@ -1,4 +1,4 @@
-"""A linear map multiplied as a CPU does it fastest: bf16 in float32 where it has no units, float32 by oneDNN or not.
+"""A linear map, multiplied as a CPU does it fastest: in which dtype and by which library, `Products` knows.
 
 D width in, F width out, N all that is mapped.
 """
@@ -6,9 +6,9 @@ D width in, F width out, N all that is mapped.
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moe.sparse.once import first_derivative_only
 from moe.sparse.product import Products
 
 
@@ -17,14 +17,15 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F]."""
-        return linear(x, self.weight, self.bias)
+        return linear_map(x, self.weight, self.bias)
 
 
-def linear(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
-    """[..., D] -> [..., F]: x W^T + b."""
+def linear_map(x: Tensor, weight_FD: Tensor, bias_F: Tensor | None = None) -> Tensor:
+    """[..., D] -> [..., F]: x W^T + b. Autocast is torch's to do."""
     products = Products.of(x, x.shape[:-1].numel(), weight_FD)
-    if products == Products(x.dtype):
-        return nn.functional.linear(x, weight_FD, bias_F)
+    usual = products == Products(x.dtype) or x.dtype != weight_FD.dtype
+    if usual or torch.is_autocast_enabled(x.device.type):
+        return F.linear(x, weight_FD, bias_F)
     y: Tensor = LinearFunction.apply(x, weight_FD, bias_F, products)
     return y
 
@@ -34,27 +35,27 @@ class LinearFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight_FD: Tensor, bias_F: Tensor | None, products: Products) -> Tensor:
-        ctx.save_for_backward(x, weight_FD)
-        ctx.products = products
-        x_ND = _rows(x).to(products.dtype)
-        y_NF = products.multiply(x_ND, weight_FD.to(products.dtype).t())
+        needs_x, needs_weight, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(x if needs_weight else None, weight_FD if needs_x else None)
+        ctx.products, ctx.shape, ctx.dtypes = products, x.shape, (x.dtype, weight_FD.dtype)
+        y_NF = products.multiply(_rows(x).to(products.dtype), weight_FD.to(products.dtype).t())
         if bias_F is not None:
             y_NF += bias_F.to(products.dtype)
         return y_NF.to(x.dtype).view(*x.shape[:-1], y_NF.shape[1])
 
     @staticmethod
-    @first_derivative_only
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight_FD = ctx.saved_tensors
-        products: Products = ctx.products
-        needs_x, needs_weight, needs_bias, _ = ctx.needs_input_grad
+        products: Products = ctx.products.for_backward()
+        needs_bias = ctx.needs_input_grad[2]
+        dtype, weight_dtype = ctx.dtypes
         grad_NF = _rows(grad).to(products.dtype)
         grad_x = grad_weight = None
-        if needs_x:
-            grad_x = products.multiply(grad_NF, weight_FD.to(products.dtype)).to(x.dtype).view(x.shape)
-        if needs_weight:
-            grad_weight = products.multiply(grad_NF.t(), _rows(x).to(products.dtype)).to(weight_FD.dtype)
-        grad_bias = grad_NF.sum(0).to(weight_FD.dtype) if needs_bias else None
+        if weight_FD is not None:
+            grad_x = products.multiply(grad_NF, weight_FD.to(products.dtype)).to(dtype).view(ctx.shape)
+        if x is not None:
+            grad_weight = products.multiply(grad_NF.t(), _rows(x).to(products.dtype)).to(weight_dtype)
+        grad_bias = grad_NF.sum(0).to(weight_dtype) if needs_bias else None
         return grad_x, grad_weight, grad_bias, None
 
 

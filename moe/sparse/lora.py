@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 from moe.sparse.copies import Copies, copy_rows, sum_rows
 from moe.sparse.experts import Experts, Rows
 from moe.sparse.grouped import fits
-from moe.sparse.linear import Linear, linear
+from moe.sparse.linear import Linear, linear_map
 from moe.sparse.product import product_dtype
 
 A, B = "_lora_a", "_lora_b"
@@ -32,8 +32,8 @@ class AdaptedLinear(Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """[..., D] -> [..., F]."""
-        low = linear(x, self.weight_lora_a)
-        return super().forward(x) + linear(low, self.weight_lora_b) * self.lora_scale
+        low = linear_map(x, self.weight_lora_a)
+        return super().forward(x) + linear_map(low, self.weight_lora_b) * self.lora_scale
 
 
 class AdaptedExperts(Experts):

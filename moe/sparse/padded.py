@@ -36,7 +36,7 @@ class Padded:
     @classmethod
     def of(cls, copies: Copies, products: Products) -> "Padded":
         """For products that have a kernel for each size; for others, the rows that there are."""
-        if not products.sized:
+        if not products.kernel_per_size:
             return cls(copies.rows_per_bucket, copies.source_of_row_R.long().contiguous(), None, None)
         sizes = [size_for(count) for count in copies.rows_per_bucket]
         sizes_e, counts_e = torch.tensor(sizes), copies.counts

@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe import log
+
 _BF16_UNITS = ("avx512_bf16", "avx10_2", "amx_bf16", "bf16", "sve_bf16")
 """Names of `torch.cpu.get_capabilities`: of x86, the last two of ARM."""
 
-LEAST_ROWS, LEAST_WEIGHT = 32, 1 << 16
-"""What is smaller is over before oneDNN has found its kernel. Two bounds, so that sharing a batch among more ranks does
-not change who multiplies."""
+LEAST_ROWS, LEAST_WEIGHT = 32, 1 << 15
+"""What is smaller is over before oneDNN has found its kernel. Two bounds, not one of their product, so that who
+multiplies rarely depends on how many ranks share a batch."""
 
 _BLOCK_ROWS = 256
 """Of a product, at a time: what oneDNN returns is still in the cache when it is copied to where it belongs."""
@@ -36,34 +38,40 @@ class Products:
     def of(cls, like: Tensor, rows: int, weight: Tensor) -> "Products":
         """For so many rows `like` these, times a matrix as big as `weight`, where they lie."""
         dtype = product_dtype(like)
-        narrow = dtype == torch.float32 and like.device.type == "cpu"
+        known = like.device.type == "cpu" and dtype == torch.float32
         big = rows >= LEAST_ROWS and weight.numel() >= LEAST_WEIGHT
-        return cls(dtype, narrow and big and onednn_is_faster())
+        return cls(dtype, known and big and bool(torch.backends.mkldnn.enabled) and onednn_is_faster())
 
     @property
-    def sized(self) -> bool:
+    def kernel_per_size(self) -> bool:
         """Whether there is a kernel for each size, made when it first comes: torch's bf16 goes to oneDNN too."""
         return self.by_onednn or self.dtype == torch.bfloat16
+
+    def for_backward(self) -> "Products":
+        """These; but with create_graph=True, where gradients are differentiated, those that torch knows to."""
+        return Products(self.dtype) if torch.is_grad_enabled() else self
 
     def multiply(self, a: Tensor, b: Tensor, room: Tensor | None = None) -> Tensor:
         """`a` [n, k] times `b` [k, m], in `room` [n, m] or in memory of its own: what is returned counts."""
         return _by_onednn(a, b) if self.by_onednn else torch.mm(a, b, out=room)
 
     def write(self, a: Tensor, b: Tensor, out: Tensor) -> None:
-        """`a` [n, k] times `b` [k, m] to `out` [n, m]."""
+        """`a` [n, k] times `b` [k, m] to `out` [n, m], which by oneDNN may be of another dtype."""
         if not self.by_onednn:
             torch.mm(a, b, out=out)
             return
-        for rows, to in _in_blocks(a.contiguous(), out):
+        for rows, to in _in_blocks(a.contiguous(), out):  # laid out in one go, which is faster
             to.copy_(_by_onednn(rows, b))
 
     def add(self, a: Tensor, b: Tensor, onto: Tensor) -> None:
         """`a` [n, k] times `b` [k, m], added to `onto` [n, m], which may be wider."""
-        if onto.dtype == self.dtype and not self.by_onednn:
+        if self.by_onednn:
+            for rows, to in _in_blocks(a, onto):
+                to += _by_onednn(rows, b)
+        elif onto.dtype == self.dtype:
             onto.addmm_(a, b)
-            return
-        for rows, to in _in_blocks(a, onto):
-            to += self.multiply(rows, b)
+        else:
+            onto += torch.mm(a, b)
 
 
 def _in_blocks(a: Tensor, out: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
@@ -88,7 +96,7 @@ def onednn_is_faster() -> bool:
 
     In most builds for x86 that is MKL, which on processors that are not Intel's leaves AVX-512 alone: it takes twice as
     long there. Tried once in a process, for milliseconds of the thread's own time, so that it does not matter who else
-    is at work.
+    is at work. `torch.backends.mkldnn.enabled = False` is the way to do without oneDNN.
     """
     if not torch.backends.mkldnn.is_available():
         return False
@@ -96,15 +104,24 @@ def onednn_is_faster() -> bool:
     torch.set_num_threads(1)
     try:
         with torch.no_grad():
-            return _wins_a_trial()
+            return all(_wins_a_trial(transposed) for transposed in (False, True))
+    except (
+        AttributeError,
+        RuntimeError,
+    ) as error:  # this torch has the operation not, or not for this processor
+        log.get().warning("float32 is multiplied by torch.mm, since oneDNN cannot: %s", error)
+        return False
     finally:
         torch.set_num_threads(threads)
 
 
-def _wins_a_trial() -> bool:
-    size = _TRIAL_SIZE
-    a = torch.linspace(-1, 1, size * size, dtype=torch.float32, device="cpu").view(size, size)
+def _wins_a_trial(transposed: bool) -> bool:
+    """With one layout of the second matrix."""
+    a = torch.linspace(-1, 1, _TRIAL_SIZE**2, dtype=torch.float32, device="cpu").view(
+        _TRIAL_SIZE, _TRIAL_SIZE
+    )
     b = a.sin().flip(0)
+    b = b.t() if transposed else b
     exact = a.double() @ b.double()
     if not torch.allclose(_by_onednn(a, b).double(), exact, rtol=1e-4, atol=1e-4):
         return False
@@ -120,5 +137,7 @@ def _seconds(multiply: Callable[[Tensor, Tensor], Tensor], a: Tensor, b: Tensor)
 
 
 def _by_onednn(a: Tensor, b: Tensor) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, b.t(), None, "none", [], "")
+    """`b` may be transposed; of other layouts oneDNN has no fast kernel."""
+    dense = b if b.is_contiguous() or b.t().is_contiguous() else b.contiguous()
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(a, dense.t(), None, "none", [], "")
     return product

@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moe.config import MoEConfig
 from moe.sparse import choice
 from moe.sparse.copies import count
 from moe.sparse.jitter import Jitter
+from moe.sparse.product import Products
 
 
 class RoutingRecord(NamedTuple):
@@ -207,11 +207,14 @@ class _Logits(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
         ctx.save_for_backward(x_TD, weight_ED)
-        wide = torch.promote_types(x_TD.dtype, torch.float32)
-        return F.linear(x_TD.to(wide), weight_ED.to(wide))
+        wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
+        ctx.products = Products.of(wide_TD, len(wide_TD), weight_ED)
+        logits_TE: Tensor = ctx.products.multiply(wide_TD, weight_ED.to(wide_TD.dtype).t())
+        return logits_TE
 
     @staticmethod
     def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
         x_TD, weight_ED = ctx.saved_tensors
-        grad_x_TD = (grad_TE @ weight_ED.to(grad_TE.dtype)).to(x_TD.dtype)
-        return grad_x_TD, (grad_TE.t() @ x_TD.to(grad_TE.dtype)).to(weight_ED.dtype)
+        products: Products = ctx.products.for_backward()
+        grad_x_TD = products.multiply(grad_TE, weight_ED.to(grad_TE.dtype)).to(x_TD.dtype)
+        return grad_x_TD, products.multiply(grad_TE.t(), x_TD.to(grad_TE.dtype)).to(weight_ED.dtype)

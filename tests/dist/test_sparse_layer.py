@@ -18,6 +18,7 @@ from moe.sparse.product import Products
 from moe.sparse.reference import ReferenceWeights, sparse_layer
 from tests.harness import run_ranks
 from tests.names import REFERENCE
+from tests.onednn import needs_onednn
 
 BALANCE = BalanceConfig(sequence_loss_weight=0.0, global_batch_loss_weight=0.3, router_z_loss_weight=0.2)
 
@@ -380,6 +381,7 @@ def _check_by_onednn(rank: int, world_size: int, ep: int, cases: list[Case]) -> 
         _check(rank, world_size, ep, cases, torch.float32)
 
 
+@needs_onednn
 @pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2), (4, 2)])
 def test_a_layer_multiplied_by_onednn_is_near_the_reference(world_size: int, ep: int, tmp_path: Path) -> None:
     run_ranks(_check_by_onednn, world_size, tmp_path, world_size, ep, CASES)

@@ -12,6 +12,7 @@ from moe.bench import compare, step
 from moe.bench.compare import _Checked, _is_slow, _line
 from moe.bench.memory import peak_extra_bytes
 from moe.bench.peers import LIMIT, OURS, Contender
+from moe.bench.peers.limit import Dense, DenseBlock
 from moe.bench.peers.ours import Ours
 from moe.bench.problem import PRESETS, Answer, Problem, RoutingKind, Shape, solve
 from moe.bench.step import Times
@@ -65,6 +66,16 @@ def test_flops_are_those_of_the_experts_matmuls() -> None:
     with FlopCounterMode(display=False) as counted:
         step.step(limit, step.leaf(problem, limit), problem.grad_TD)
     assert counted.get_total_flops() == SHAPE.flops
+
+
+def test_the_dense_block_is_the_limits_layer() -> None:
+    problem = Problem.draw(SHAPE, torch.float32)
+    answers = []
+    for contender in (Dense(problem), DenseBlock(problem)):
+        x_TD = step.leaf(problem, contender)
+        answers.append((step.step(contender, x_TD, problem.grad_TD), x_TD.grad))
+    for limit, ours in zip(*answers, strict=True):
+        torch.testing.assert_close(ours, limit)
 
 
 def test_presets_are_the_published_sizes() -> None:

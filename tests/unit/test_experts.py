@@ -19,6 +19,7 @@ from moe.sparse.plan import ExpertLayout
 from moe.sparse.product import Products
 from moe.sparse.spare import Spare
 from tests.compiled import COMPILED, KINDS
+from tests.onednn import BY_ONEDNN, needs_onednn
 
 UNITS = {
     "swiglu": GatedUnit(),
@@ -138,7 +139,7 @@ def test_the_units_gradient_is_right_for_near_and_far_gates(unit: GatedUnit, kee
         torch.testing.assert_close(ours.double(), exact, rtol=2e-6, atol=2e-6)
 
 
-@pytest.mark.parametrize("by_onednn", [False, True], ids=["mm", "oneDNN"])
+@pytest.mark.parametrize("by_onednn", BY_ONEDNN)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("recompute", [False, True], ids=["kept", "recomputed"])
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
@@ -196,7 +197,7 @@ def test_bf16_is_near_the_formula_whatever_its_products_are_in(
     ("node", "dtype"),
     [
         (_loop(torch.float32), torch.float32),
-        (_loop(torch.float32, by_onednn=True), torch.float32),
+        pytest.param(_loop(torch.float32, by_onednn=True), torch.float32, marks=needs_onednn),
         (_loop(torch.bfloat16), torch.bfloat16),
         *((_loop(torch.bfloat16, kind), torch.bfloat16) for kind in COMPILED),
         (GROUPED, torch.float32),
@@ -225,7 +226,7 @@ def test_choices_that_are_not_made_get_nothing(node: Any, dtype: torch.dtype) ->
     [
         _loop(torch.bfloat16),
         _loop(torch.float32),
-        _loop(torch.float32, by_onednn=True),
+        pytest.param(_loop(torch.float32, by_onednn=True), marks=needs_onednn),
         *(_loop(torch.bfloat16, kind) for kind in COMPILED),
         GROUPED,
     ],
@@ -248,7 +249,8 @@ def test_bf16_rounds_each_sum_once(node: Any) -> None:
     ("kind", "dtype", "by_onednn", "error"),
     [
         (Desk, torch.float64, False, 1e-12),
-        *((kind, torch.float32, by_onednn, 1e-5) for kind in COMPILED for by_onednn in (False, True)),
+        *((kind, torch.float32, False, 1e-5) for kind in COMPILED),
+        *(pytest.param(kind, torch.float32, True, 1e-5, marks=needs_onednn) for kind in COMPILED),
     ],
 )
 def test_several_threads_give_the_same_and_leave_no_trace(

@@ -9,6 +9,7 @@ from moe.model import head
 from moe.model.head import Head
 from moe.sparse.linear import Linear, LinearFunction
 from moe.sparse.product import Products
+from tests.onednn import BY_ONEDNN, needs_onednn
 
 ROUNDED_ONCE = 2**-8
 """Largest relative error of a number rounded to bf16."""
@@ -39,6 +40,42 @@ def test_what_needs_no_gradient_gets_none(frozen: int) -> None:
     assert [leaf.grad is None for leaf in leaves] == [place == frozen for place in range(3)]
 
 
+@pytest.mark.parametrize(("frozen", "kept"), [(0, [(9, 6)]), (1, [(4, 6)]), (None, [(9, 6), (4, 6)])])
+def test_nothing_is_kept_for_a_gradient_that_nobody_needs(
+    frozen: int | None, kept: list[tuple[int, ...]]
+) -> None:
+    leaves = [_draw(9, 6), _draw(4, 6)]
+    for place, leaf in enumerate(leaves):
+        leaf.requires_grad_(place != frozen)
+    found = []
+    with torch.autograd.graph.saved_tensors_hooks(
+        lambda tensor: found.append(tuple(tensor.shape)), lambda _: None
+    ):
+        LinearFunction.apply(*leaves, None, Products(torch.float64))
+    assert found == kept
+
+
+@pytest.mark.parametrize("by_onednn", BY_ONEDNN)
+def test_it_can_be_differentiated_twice(by_onednn: bool) -> None:
+    x, weight = _draw(9, 6).float().requires_grad_(), _draw(4, 6).float().requires_grad_()
+    found = []
+    for y in (LinearFunction.apply(x, weight, None, Products(torch.float32, by_onednn)), F.linear(x, weight)):
+        (grad,) = torch.autograd.grad(y.pow(3).sum(), x, create_graph=True)
+        found.append(torch.autograd.grad(grad.square().sum(), (x, weight)))
+    for ours, right in zip(*found, strict=True):
+        torch.testing.assert_close(ours, right, rtol=1e-4, atol=1e-3)
+
+
+def test_what_torch_refuses_or_casts_it_still_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Products, "of", lambda like, rows, weight: Products(torch.float32, by_onednn=True))
+    layer = Linear(6, 4)
+    with pytest.raises(RuntimeError, match="dtype"):
+        layer.bfloat16()(torch.ones(9, 6))
+    with torch.autocast("cpu", torch.bfloat16):
+        assert layer.float()(torch.ones(9, 6)).dtype == torch.bfloat16
+
+
+@needs_onednn
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("shape", [(300, 6), (2, 5, 6), (6,)], ids=["flat", "batched", "one"])
 def test_by_onednn_it_is_near_float64(shape: tuple[int, ...], bias: bool) -> None:
@@ -91,9 +128,9 @@ def test_bf16_is_rounded_once_where_products_are_wider(
     [
         (torch.bfloat16, Products(torch.bfloat16), 2e-2),
         (torch.bfloat16, Products(torch.float32), 3e-3),
-        (torch.bfloat16, Products(torch.float32, by_onednn=True), 3e-3),
+        pytest.param(torch.bfloat16, Products(torch.float32, by_onednn=True), 3e-3, marks=needs_onednn),
         (torch.float32, Products(torch.float32), 1e-5),
-        (torch.float32, Products(torch.float32, by_onednn=True), 1e-5),
+        pytest.param(torch.float32, Products(torch.float32, by_onednn=True), 1e-5, marks=needs_onednn),
     ],
 )
 def test_the_head_is_near_float64(

@@ -16,6 +16,7 @@ from moe.model.head import Head
 from moe.model.rope import rotation
 from moe.sparse import ExpertLayout
 from moe.sparse.product import Products
+from tests.onednn import needs_onednn
 
 
 def _config(**changes: Any) -> ModelConfig:
@@ -268,7 +269,7 @@ def test_recomputation_changes_no_bit_and_counts_once(config: ModelConfig) -> No
     ("precision", "products", "fillers"),
     [
         ("fp32", Products(torch.float32), 0),
-        ("fp32", Products(torch.float32, by_onednn=True), 7),
+        pytest.param("fp32", Products(torch.float32, by_onednn=True), 7, marks=needs_onednn),
         ("bf16", Products(torch.float32), 0),
         ("bf16", Products(torch.bfloat16), 7),
     ],

@@ -1,11 +1,17 @@
 """How products are computed, by what a CPU says of itself, and by what a trial on it says."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
+from moe.model.head import Head
 from moe.sparse import product
+from moe.sparse.copies import copies_of
+from moe.sparse.experts import Experts, Rows
+from moe.sparse.linear import Linear
+from moe.sparse.plan import ExpertLayout
 from moe.sparse.product import (
     LEAST_ROWS,
     LEAST_WEIGHT,
@@ -14,6 +20,9 @@ from moe.sparse.product import (
     onednn_is_faster,
     product_dtype,
 )
+from tests.onednn import BY_ONEDNN, needs_onednn
+
+Multiply = Callable[[Tensor, Tensor], Tensor]
 
 
 @pytest.fixture
@@ -58,7 +67,7 @@ def test_bf16_stays_on_other_devices() -> None:
     assert product_dtype(torch.empty(1, dtype=torch.bfloat16)) == expected
 
 
-@pytest.mark.parametrize("by_onednn", [False, True])
+@pytest.mark.parametrize("by_onednn", BY_ONEDNN)
 def test_products_are_written_and_added_in_blocks(by_onednn: bool) -> None:
     products = Products(torch.float32, by_onednn)
     draw = torch.Generator().manual_seed(1)
@@ -78,6 +87,7 @@ def test_products_are_written_and_added_in_blocks(by_onednn: bool) -> None:
     torch.testing.assert_close(wide, 1 + exact, rtol=1e-5, atol=1e-5)
 
 
+@needs_onednn
 @pytest.mark.usefixtures("untried")
 @pytest.mark.parametrize(
     ("onednn_s", "usual_s", "wins"), [(1.0, 2.0, True), (1.0, 1.1, False), (2.0, 1.0, False)]
@@ -98,21 +108,97 @@ def test_onednn_multiplies_where_it_is_by_far_faster(
     assert Products.of(like.to("meta"), LEAST_ROWS, weight) == Products(torch.float32)
 
 
+def _wrong(a: Tensor, b: Tensor) -> Tensor:
+    return (a @ b) * 1.01
+
+
+def _wrong_if_transposed(a: Tensor, b: Tensor) -> Tensor:
+    return a @ b if b.is_contiguous() else _wrong(a, b)
+
+
+def _failing(a: Tensor, b: Tensor) -> Tensor:
+    raise RuntimeError("could not create a primitive")
+
+
+def _absent(a: Tensor, b: Tensor) -> Tensor:
+    return torch.ops.mkldnn._no_such_operation(a, b)
+
+
 @pytest.mark.usefixtures("untried")
-@pytest.mark.parametrize("fault", ["wrong", "not there"])
-def test_onednn_does_not_multiply_where_it_is_wrong_or_not_there(
-    fault: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize("way", [_wrong, _wrong_if_transposed, _failing, _absent])
+def test_onednn_does_not_multiply_where_it_cannot(way: Multiply, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(product, "_seconds", lambda multiply, a, b: 1.0 if multiply is torch.mm else 0.0)
-    if fault == "wrong":
-        monkeypatch.setattr(product, "_by_onednn", lambda a, b: (a @ b) * 1.01)
-    else:
-        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    monkeypatch.setattr(product, "_by_onednn", lambda a, b: a @ b)
+    assert onednn_is_faster()
+    onednn_is_faster.cache_clear()
+    monkeypatch.setattr(product, "_by_onednn", way)
     assert not onednn_is_faster()
 
 
 @pytest.mark.usefixtures("untried")
-def test_the_trial_measures_and_says_the_same_again() -> None:
+def test_it_does_not_where_torch_has_it_not_or_may_not_use_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(product, "_wins_a_trial", lambda transposed: True)
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
+    like, weight = torch.empty(1), torch.empty(LEAST_WEIGHT)
+    assert Products.of(like, LEAST_ROWS, weight).by_onednn
+    torch.backends.mkldnn.enabled = False
+    try:
+        assert not Products.of(like, LEAST_ROWS, weight).by_onednn
+    finally:
+        torch.backends.mkldnn.enabled = True
+    onednn_is_faster.cache_clear()
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not Products.of(like, LEAST_ROWS, weight).by_onednn
+
+
+@needs_onednn
+@pytest.mark.usefixtures("untried")
+def test_the_trial_here_says_the_same_again() -> None:
     first = onednn_is_faster()
     onednn_is_faster.cache_clear()
     assert onednn_is_faster() == first
+
+
+def _through_linear(x: Tensor) -> Tensor:
+    return Linear(256, 256)(x).sum()
+
+
+def _through_logits(x: Tensor) -> Tensor:
+    return Head(256, 256)(x).sum()
+
+
+def _through_loss(x: Tensor) -> Tensor:
+    return Head(256, 256)(x, torch.zeros(len(x), dtype=torch.int64))
+
+
+def _through_experts(x: Tensor) -> Tensor:
+    copies = copies_of((torch.arange(len(x)) % 2).unsqueeze(1), 2)  # half of the rows for each
+    return Experts(256, 256, ExpertLayout(2))(Rows(x, torch.ones(len(x)), copies)).sum()
+
+
+@needs_onednn
+@pytest.mark.parametrize(
+    ("through", "rows", "products"),
+    [
+        (_through_linear, LEAST_ROWS, 3),
+        (_through_logits, LEAST_ROWS, 3),
+        (_through_loss, LEAST_ROWS, 3),
+        (_through_experts, 2 * LEAST_ROWS, 2 * (2 + 2 + 3)),  # the last of which are blocks of two gradients
+    ],
+)
+def test_big_products_are_onednns_and_small_ones_are_not(
+    through: Callable[[Tensor], Tensor], rows: int, products: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    multiply, calls = product._by_onednn, []
+
+    def spy(a: Tensor, b: Tensor) -> Tensor:
+        calls.append((a.shape, b.shape))
+        return multiply(a, b)
+
+    monkeypatch.setattr(product, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(product, "_by_onednn", spy)
+    through(torch.ones(rows - 2, 256, requires_grad=True)).backward()
+    assert not calls
+    through(torch.ones(rows, 256, requires_grad=True)).backward()
+    assert len(calls) == products

@@ -1,4 +1,4 @@
-"""The dense limit: one SwiGLU of the same active FLOPs, K F wide; no routing, no experts."""
+"""The dense limit: one SwiGLU of the same active FLOPs, K F wide; no routing, no experts. By torch, and by ours."""
 
 import torch
 import torch.nn.functional as F
