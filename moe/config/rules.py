@@ -247,11 +247,17 @@ def _balance(run: RunConfig) -> list[str]:
             f"balance.drop_by is {balance.drop_by}, but there is no capacity_factor, so nothing is dropped. "
             f"Remove it, or set balance.capacity_factor."
         )
+    if balance.capacity_factor is not None and balance.capacity_factor * moe.top_k >= moe.num_experts:
+        faults.append(
+            f"balance.capacity_factor is {balance.capacity_factor:g}, but with top_k {moe.top_k} of {moe.num_experts} "
+            f"experts no load can be more than {moe.num_experts / moe.top_k:g} times the mean, so nothing would ever "
+            f"be dropped. Use a smaller factor, or balance.capacity_factor=null."
+        )
     return faults
 
 
 def _equal_loads(balance: BalanceConfig, chosen: str) -> list[str]:
-    """What balances loads has no effect where they are equal by construction."""
+    """What balances loads, or limits them, is of no use where they are equal by construction."""
     off = {
         "sequence_loss_weight": "0",
         "micro_batch_loss_weight": "0",
@@ -259,8 +265,9 @@ def _equal_loads(balance: BalanceConfig, chosen: str) -> list[str]:
         "capacity_factor": "null",
     }
     return [
-        f"balance.{key} is {getattr(balance, key)}, but model.moe.router_choice is {chosen}: experts have equal loads "
-        f"by construction, so it has no effect. Set balance.{key}={none}, or use router_choice token."
+        f"balance.{key} is {getattr(balance, key)}, but model.moe.router_choice is {chosen}: experts of a micro-batch "
+        f"have equal loads by construction, and nothing else is to balance or limit them. Set balance.{key}={none}, "
+        f"or use router_choice token."
         for key, none in off.items()
         if getattr(balance, key)
     ]

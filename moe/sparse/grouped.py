@@ -67,15 +67,13 @@ class GroupedExperts(torch.autograd.Function):
         grad_gate_up_bias = grad_down_bias = None
         if down_bias is not None:
             grad_weights_R += (grad_out_RD * down_bias[expert_of_row_R]).sum(1, dtype=torch.float32)
-            grad_down_bias = torch.zeros_like(down_bias).index_add_(
-                0, expert_of_row_R, grad_out_RD * weight_R1
-            )
+            grad_down_bias = _sum_by_expert(grad_out_RD * weight_R1, expert_of_row_R, down_bias)
         grad_both_R2F = torch.empty_like(both_R2F)
         grad_h_RF.mul_(weight_R1)
         unit.backward(gate_RF, up_RF, activated_RF, grad_h_RF, *grad_both_R2F.chunk(2, dim=1))
         grad_gate_up = F.grouped_mm(grad_both_R2F.t(), x_RD, offs=ends)
         if gate_up_bias is not None:
-            grad_gate_up_bias = torch.zeros_like(gate_up_bias).index_add_(0, expert_of_row_R, grad_both_R2F)
+            grad_gate_up_bias = _sum_by_expert(grad_both_R2F, expert_of_row_R, gate_up_bias)
         grad_source_MD = sum_rows(F.grouped_mm(grad_both_R2F, gate_up, offs=ends), copies)
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)
         return grad_source_MD, grad_weights_R, *grads, None, None, None
@@ -94,6 +92,13 @@ def fits(source_MD: Tensor, gate_up: Tensor, down: Tensor) -> bool:
 def _linear(x_RD: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, expert: Tensor | None) -> Tensor:
     y = F.grouped_mm(x_RD, weight.transpose(1, 2), offs=ends)
     return y if bias is None else y.add_(bias[expert])
+
+
+def _sum_by_expert(rows: Tensor, expert_of_row_R: Tensor, bias: Tensor) -> Tensor:
+    """As `bias` [e, width]: an expert's rows added up, in float32 at least, so that bf16 rounds once."""
+    wide = torch.promote_types(bias.dtype, torch.float32)
+    sums = torch.zeros_like(bias, dtype=wide).index_add_(0, expert_of_row_R, rows.to(wide))
+    return sums.to(bias.dtype)
 
 
 def _expert_of_row(copies: Copies) -> Tensor:

@@ -35,8 +35,8 @@ class Padded:
 
     @classmethod
     def of(cls, copies: Copies, products: Products) -> "Padded":
-        """For products that have a kernel for each size; for others, the rows that there are."""
-        if not products.kernel_per_size:
+        """For products on CPU that have a kernel for each size; for others, the rows that there are."""
+        if not products.kernel_per_size or copies.counts.device.type != "cpu":
             return cls(copies.rows_per_bucket, copies.source_of_row_R.long().contiguous(), None, None)
         sizes = [size_for(count) for count in copies.rows_per_bucket]
         sizes_e, counts_e = torch.tensor(sizes), copies.counts

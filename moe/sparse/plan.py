@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.errors import ConfigError
 from moe.sparse.collectives import exchange_counts
 from moe.sparse.copies import Copies, copies_of
 
@@ -22,6 +23,18 @@ class ExpertLayout:
     size: int = 1
     rank: int = 0
     group: dist.ProcessGroup | None = None
+
+    def __post_init__(self) -> None:
+        """Raises `ConfigError`: experts that cannot be shared equally, or a rank that is not in the group."""
+        if self.size < 1 or self.num_experts % self.size:
+            raise ConfigError(
+                f"expert_parallel_size is {self.size}, but {self.num_experts} experts cannot be shared equally by so "
+                f"many ranks. Use a divisor of {self.num_experts}."
+            )
+        if not 0 <= self.rank < self.size:
+            raise ConfigError(
+                f"rank {self.rank} is not one of a group of {self.size}. Use 0 to {self.size - 1}."
+            )
 
     @property
     def num_local_experts(self) -> int:

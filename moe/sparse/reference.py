@@ -37,6 +37,10 @@ class ReferenceOutput:
     y_TD: Tensor
     load_balancing_loss: Tensor
     """Over the whole batch."""
+    sequence_loss: Tensor
+    """The same within each sequence that has a token which counts; their mean."""
+    micro_batch_loss: Tensor
+    """The same within each micro-batch, 0 where no token counts; their mean."""
     z_loss: Tensor
     counts_E: Tensor
     num_dropped: int
@@ -70,11 +74,13 @@ def sparse_layer(
     jitter_TD: Tensor | None = None,
     capacity: Capacity | None = None,
     micro_batches: int = 1,
+    sequences: int = 1,
 ) -> ReferenceOutput:
-    """The layer's definition over the whole batch of T tokens, with the global-batch balancing loss.
+    """The layer's definition over the whole batch of T tokens, with its balancing losses of every scope.
 
-    Capacities, experts that choose and turns count within each of the `micro_batches` equal parts of the batch;
-    `jitter_TD` are factors on what the router sees. Raises `ValueError` unless every tensor is float64.
+    Capacities, experts that choose and turns count within each of the `micro_batches` equal parts of the batch, which
+    also consists of so many equal `sequences`; `jitter_TD` are factors on what the router sees. Raises `ValueError`
+    unless every tensor is float64.
     """
     tensors = [x_TD, *(t for t in vars(weights).values() if t is not None)]
     if any(t.dtype != torch.float64 for t in tensors):
@@ -96,14 +102,19 @@ def sparse_layer(
             if mask[token] and (token, expert) not in dropped:
                 y = y + choice.weights[place] * _expert(x, weights, expert, config)
         outputs.append(y)
-    kept = [token for token, counted in zip(scored, mask, strict=True) if counted]
+    kept = [token for token, counted in enumerate(mask) if counted]
     zero = x_TD.sum() * 0
+
+    def balance(tokens: list[int]) -> Tensor:
+        return _balance(tokens, scored, visits, config.num_experts) if tokens else zero
+
+    by_sequence = [balance(tokens) for tokens in _parts(mask, sequences) if tokens]
     return ReferenceOutput(
         y_TD=torch.stack(outputs),
-        load_balancing_loss=_balance(counts, [token.probabilities_E for token in kept], config.top_k)
-        if kept
-        else zero,
-        z_loss=torch.stack([token.log_sum_exp**2 for token in kept]).mean() if kept else zero,
+        load_balancing_loss=balance(kept),
+        sequence_loss=torch.stack(by_sequence).mean() if kept else zero,
+        micro_batch_loss=torch.stack([balance(tokens) for tokens in parts]).mean(),
+        z_loss=torch.stack([scored[token].log_sum_exp ** 2 for token in kept]).mean() if kept else zero,
         counts_E=counts,
         num_dropped=len(dropped),
     )
@@ -117,9 +128,9 @@ def _score(x: Tensor, weights: ReferenceWeights, config: MoEConfig) -> _Scored:
     return _Scored(logits, scores, scores / scores.sum(), torch.logsumexp(logits, 0))
 
 
-def _parts(mask: list[bool], micro_batches: int) -> list[list[int]]:
-    """The unmasked tokens of each micro-batch."""
-    size = len(mask) // micro_batches
+def _parts(mask: list[bool], number: int) -> list[list[int]]:
+    """The unmasked tokens of each of so many equal parts."""
+    size = len(mask) // number
     return [[t for t in range(first, first + size) if mask[t]] for first in range(0, len(mask), size)]
 
 
@@ -232,6 +243,11 @@ def _shared(x: Tensor, weights: ReferenceWeights) -> Tensor:
     return y
 
 
-def _balance(counts: Tensor, probabilities: list[Tensor], top_k: int) -> Tensor:
-    fraction = counts.double() / (len(probabilities) * top_k)
-    return counts.numel() * (fraction * torch.stack(probabilities).mean(0)).sum()
+def _balance(tokens: list[int], scored: list[_Scored], visits: list[list[int]], num_experts: int) -> Tensor:
+    """E sum_i f_i P_i: f_i is the share of these tokens' choices that fell on expert i, P_i its mean probability."""
+    chosen = [expert for token in tokens for expert in visits[token]]
+    probability_E = torch.stack([scored[token].probabilities_E for token in tokens]).mean(0)
+    total = torch.zeros((), dtype=torch.float64)
+    for expert in range(num_experts):
+        total = total + chosen.count(expert) / len(chosen) * probability_E[expert]
+    return num_experts * total

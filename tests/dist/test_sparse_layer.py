@@ -20,7 +20,8 @@ from tests.harness import run_ranks
 from tests.names import REFERENCE
 from tests.onednn import needs_onednn
 
-BALANCE = BalanceConfig(sequence_loss_weight=0.0, global_batch_loss_weight=0.3, router_z_loss_weight=0.2)
+SCOPES = {"sequence": 0.7, "micro_batch": 0.45, "global_batch": 0.3}
+"""Weights of the balancing losses: no two alike, so that none can stand for another in their sum."""
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Case:
     groups: tuple[int, int, str] | None = None  # groups, of which a token may visit, score of a group
     bias: bool = False
     capacity: Capacity | None = None
+    scopes: tuple[str, ...] = ("sequence", "micro_batch", "global_batch")
     jitter: float = 0.0
     choice: str = "token"
     activation: str = "swiglu"
@@ -87,16 +89,20 @@ class Case:
     @property
     def balance(self) -> BalanceConfig:
         """Losses of balance make no sense where experts choose."""
-        return (
-            BALANCE.model_copy(update={"global_batch_loss_weight": 0.0})
-            if self.choice == "expert"
-            else BALANCE
-        )
+        scopes = () if self.choice == "expert" else self.scopes
+        weights = {f"{scope}_loss_weight": SCOPES[scope] if scope in scopes else 0.0 for scope in SCOPES}
+        return BalanceConfig(router_z_loss_weight=0.2, **weights)
+
+    def sequences(self, world_size: int) -> int:
+        """On each rank: several, where its tokens allow."""
+        return next(number for number in (3, 2, 1) if self.tokens // world_size % number == 0)
 
 
 CASES = [
     Case("plain"),
     Case("raw weights", normalize=False),
+    *(Case(f"{scope} loss alone", scopes=(scope,), masked="some") for scope in SCOPES),
+    Case("no balancing loss", scopes=()),
     Case("top-1", top_k=1, normalize=False),
     Case("all experts", top_k=8),
     Case("shared", shared=6),
@@ -281,8 +287,11 @@ def check_case(
         jitter_TD=noise(range(case.tokens)).factors(case.hidden, torch.float64),
         capacity=case.capacity,
         micro_batches=world_size,
+        sequences=world_size * case.sequences(world_size),
     )
     aux = case.balance.global_batch_loss_weight * expected.load_balancing_loss
+    aux = aux + case.balance.sequence_loss_weight * expected.sequence_loss
+    aux = aux + case.balance.micro_batch_loss_weight * expected.micro_batch_loss
     aux = aux + case.balance.router_z_loss_weight * expected.z_loss
     ((expected.y_TD * grad).sum() + aux).backward()
 
@@ -301,16 +310,19 @@ def check_case(
     mask_here = None if mask is None else mask[local]
     y, record = layer(x_here, mask_here, noise(range(case.tokens)[local]) if case.jitter else None)
     kept = torch.ones(x_here.shape[0], dtype=torch.bool) if mask_here is None else mask_here
+    kept_BS = kept.view(case.sequences(world_size), -1)
     counts = record.counts_E.clone()
-    tokens = kept.sum().double()
+    tokens, sequences = kept_BS.sum().double(), kept_BS.any(1).sum().double()
     if world_size > 1:
-        dist.all_reduce(counts)
-        dist.all_reduce(tokens)
-    totals = Totals(tokens.clamp(min=1), tokens, world_size, counts.unsqueeze(0))
-    share = losses(
-        ModelOutput(torch.zeros((), dtype=dtype), (record,)), kept.view(1, -1), totals, case.balance
-    )
+        for count in (counts, tokens, sequences):
+            dist.all_reduce(count)
+    totals = Totals(tokens.clamp(min=1), sequences.clamp(min=1), world_size, counts.unsqueeze(0))
+    share = losses(ModelOutput(torch.zeros((), dtype=dtype), (record,)), kept_BS, totals, case.balance)
     ((y * grad[local].to(dtype)).sum() + share.total).backward()
+    total = share.total.detach().clone()
+    if world_size > 1:
+        dist.all_reduce(total)
+    _compare("balancing losses", total.to(dtype), aux.detach())
 
     dropped = record.num_dropped.clone()
     if world_size > 1:
@@ -362,7 +374,10 @@ def test_layer_equals_reference_on_several_ranks(world_size: int, ep: int, tmp_p
 
 @pytest.mark.parametrize(("world_size", "ep"), [(1, 1), (2, 2), pytest.param(4, 4, marks=pytest.mark.slow)])
 def test_every_combination_of_switches_equals_reference(world_size: int, ep: int, tmp_path: Path) -> None:
-    """Score x normalisation x groups x bias x capacity x shared expert, and who chooses: 252 on 1, 2 and 4 ranks."""
+    """Score x normalisation x groups x bias x capacity x shared expert, and who chooses: 252 on 1, 2 and 4 ranks.
+
+    With balancing losses of all scopes at once, each by a weight of its own.
+    """
     assert len(COMBINATIONS) == 216 + 36
     run_ranks(_check, world_size, tmp_path, world_size, ep, COMBINATIONS)
 

@@ -9,6 +9,9 @@ import torch
 from moe.checkpoint.save import HostCopies
 from moe.config import MoEConfig
 from moe.sparse import ExpertLayout, Jitter, SparseMoE, choice
+from moe.sparse.activation import GatedUnit
+from moe.sparse.copies import copies_of
+from moe.sparse.experts import Experts, Rows
 from moe.sparse.reference import ReferenceWeights, sparse_layer
 from tests.names import REFERENCE
 
@@ -23,6 +26,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     "plain": {},
     "GPT-OSS's experts": {"expert_activation": "gpt_oss", "activation_limit": 0.5, "expert_bias": True},
     "shared, latent": {"shared_expert_intermediate_size": 24, "latent_size": 16},
+    "too narrow for grouped GEMMs": {"expert_intermediate_size": 12},
 }
 
 
@@ -37,7 +41,7 @@ def test_layer_equals_reference(
     device: str, dtype: torch.dtype, bound: float, shape: str, masked: bool, recompute: bool
 ) -> None:
     draw = torch.Generator().manual_seed(0)
-    config = MoEConfig(num_experts=8, top_k=2, expert_intermediate_size=16, **SHAPES[shape])
+    config = MoEConfig(num_experts=8, top_k=2, **{"expert_intermediate_size": 16, **SHAPES[shape]})
     layer = SparseMoE(32, config, ExpertLayout(8), recompute=recompute)
     for parameter in layer.parameters():
         torch.nn.init.normal_(parameter, std=0.3, generator=draw)
@@ -61,6 +65,19 @@ def test_layer_equals_reference(
         assert ours is not None
         distance = float((ours.detach().cpu().double() - tensor.detach()).norm() / tensor.detach().norm())
         assert distance < bound, (name, distance)
+
+
+@pytest.mark.parametrize("device", ["cpu", CUDA])
+def test_the_gradient_of_a_bias_in_bf16_rounds_once(device: str) -> None:
+    """A sum of thousands of ones: added up in bf16 it would end at 256."""
+    experts = Experts(16, 8, ExpertLayout(4), GatedUnit(1.702, 1.0), bias=True).to(device, torch.bfloat16)
+    for parameter in experts.parameters():
+        torch.nn.init.constant_(parameter, 0.125)
+    copies = copies_of((torch.arange(4000, device=device) % 4).unsqueeze(1), 4)
+    ones = torch.ones(4000, 16, device=device, dtype=torch.bfloat16)
+    y = experts(Rows(ones, torch.ones(4000, device=device), copies))
+    y.backward(torch.ones_like(y))
+    assert experts.down_bias.grad.tolist() == [[1000.0] * 16] * 4
 
 
 @pytest.mark.parametrize("device", [CUDA])

@@ -159,7 +159,7 @@ def _sparse(draw: st.DrawFn, first_k_dense: int) -> tuple[dict[str, Any], dict[s
         "global_batch_loss_weight": draw(st.sampled_from([0.0, 0.01])) if free else 0.0,
         "bias_update_rate": 0.01 if bias else 0.0,
         "router_jitter": draw(st.sampled_from([0.0, 0.1])),
-        "capacity_factor": draw(_or_none(st.just(1.25))) if free else None,
+        "capacity_factor": draw(_or_none(st.just(1.25))) if free and 1.25 * top_k < experts else None,
     }
     return moe, balance
 

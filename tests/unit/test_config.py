@@ -257,6 +257,10 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["balance.drop_by=position"],
         ["drop_by is position", "nothing is dropped", "capacity_factor"],
     ),
+    "capacity that nothing can fill": (
+        ["balance.capacity_factor=4"],
+        ["capacity_factor is 4", "top_k 2 of 8", "more than 4 times the mean", "Use a smaller factor, or"],
+    ),
     "noise beyond the signal": (["balance.router_jitter=1.0"], ["router_jitter is 1.0", "less than 1"]),
     "bias that nothing moves": (
         ["model.moe.selection_bias=true"],
