@@ -25,12 +25,14 @@ venv: .venv/ready  ## The virtual environment with the locked packages
 demo: venv  ## Text to Hugging Face checkpoint in one go, small: under 10 minutes on 2 cores, installing included
 	$(OFFLINE) $(BIN)/turnout demo
 
-bench: venv  ## The sparse layer beside its peers, on CPU: tables, and figures in runs/bench; half an hour on a quiet machine
+SHAPES ?= small
+bench: venv  ## The sparse layer beside its peers, on CPU: tables, and figures in runs/bench; a quarter of an hour on a quiet machine (SHAPES="small olmoe": an hour)
 	@mkdir -p runs/bench
-	@for dtype in fp32 bf16; do for threads in 1 2; do for allocator in default tuned; do \
-	  $(OFFLINE) $(BIN)/python -m moe.bench.layer --dtype $$dtype --threads $$threads --allocator $$allocator \
-	    --json runs/bench/small-$$dtype-$$threads-$$allocator.json || exit 1; \
-	done; done; done
+	@for shape in $(SHAPES); do for dtype in fp32 bf16; do for threads in 1 2; do for allocator in default tuned; do \
+	  $(OFFLINE) $(BIN)/python -m moe.bench.layer --shape $$shape --dtype $$dtype --threads $$threads \
+	    --allocator $$allocator --json runs/bench/$$shape-$$dtype-$$threads-$$allocator.json || exit 1; \
+	done; done; done; done
+	@$(BIN)/python -m moe.bench.columns runs/bench/*.json
 
 study: venv  ## Dense against sparse at equal cost, and balancing policies: hours on 2 cores; goes on if stopped
 	$(OFFLINE) $(BIN)/python -m moe.bench.study configs/study/study.yaml

@@ -135,7 +135,7 @@ def command(
     from launch.layout import refit  # torch: only after the recipe has been found sound
     from moe import train
 
-    train.preflight(run, plan.world_size)
+    train.preflight(run, plan.world_size, elsewhere=kind != "local")
     if min_nodes is not None:
         _check_fewest(plan, refit(recipe_path, min_nodes * per_node, overrides))
     folder = LaunchFolder(Path(plan.run_folder))

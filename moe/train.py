@@ -31,14 +31,16 @@ if TYPE_CHECKING:
     from moe.metrics import Meter, Tracker
 
 
-def preflight(run: RunConfig, world_size: int) -> TokenData:
+def preflight(run: RunConfig, world_size: int, *, elsewhere: bool = False) -> TokenData:
     """All that can be refused before a process starts: layout, data, run folder. Loads no DeepSpeed.
+
+    `elsewhere`: ranks will be on other machines, which look for what has to be installed themselves.
 
     Raises `ConfigError`, `DataError` or `CheckpointError`.
     """
     check_world(run, world_size)
     ds_config.check(run.deepspeed, run.parallel.zero_stage)
-    if run.parallel.dispatch == "deepep":
+    if run.parallel.dispatch == "deepep" and not elsewhere:
         from moe.sparse import deepep
 
         deepep.check_installed()
@@ -242,11 +244,14 @@ def _announce(run: RunConfig, sources: "Sources", ranks: dist.Ranks, state: "Tra
     if run.lora is not None:
         total = count(run.model, run.data.sequence_length).total_parameters
         say("%s", lora.sentence(lora.trained(run.model, run.lora), total))
-    if run.model.moe is not None:
-        kept = kept_by_experts(run.model, run.train.precision, run.train.activation_recomputation)
+    adapted = run.lora is not None and "experts" in run.lora.targets  # by autograd, which keeps what it likes
+    if run.model.moe is not None and not adapted:
+        recompute, ep = run.train.activation_recomputation, run.parallel.expert_parallel_size
+        kept = kept_by_experts(run.model, run.train.precision, recompute, ep)
         say(
-            "routed experts keep %d bytes of activations per token for backward, %.3g GB a micro-batch",
+            "routed experts keep %d bytes of activations per token for backward%s, %.3g GB a micro-batch",
             kept,
+            " at most" if ep > 1 else "",
             kept * run.train.micro_batch_size * run.data.sequence_length / sharing / 1e9,
         )
     say(

@@ -98,17 +98,25 @@ def _mixing(config: ModelConfig, sequence_length: int) -> int:
     return round(6 * width * seen)
 
 
-def kept_by_experts(config: ModelConfig, precision: Precision, recompute: str) -> int:
+def kept_by_experts(
+    config: ModelConfig, precision: Precision, recompute: str, expert_parallel_size: int = 1
+) -> int:
     """Bytes of activations that routed experts keep for backward, per token of a micro-batch, over all layers.
 
-    The pre-activations of gate and up, 2 F for each of K choices; nothing when they are recomputed, by experts
-    or with their whole block. Tokens are read where they are, and outputs are not kept at all. Rows that fill up an
-    expert's share (see `moe.sparse.padded`: one in 32, or 7, at most) are not in it.
+    The pre-activations of gate and up, 2 F for each of K choices, unless experts compute them again. What experts read
+    is kept too where it is nobody else's: the token in its latent width, or, with expert parallelism, a copy for each
+    rank that it visits, K at most. Nothing where whole blocks are computed again. Outputs are not kept at all. Rows
+    that fill up an expert's share (see `moe.sparse.padded`: one in 32, or 7, at most) are not in it.
     """
-    if config.moe is None or recompute != "none":
+    moe = config.moe
+    if moe is None or recompute == "block":
         return 0
-    size = {"fp32": 4, "bf16": 2}[precision]
-    return len(config.sparse_layers) * config.moe.top_k * 2 * config.moe.expert_intermediate_size * size
+    numbers = moe.top_k * 2 * moe.expert_intermediate_size if recompute == "none" else 0
+    if expert_parallel_size > 1:
+        numbers += min(moe.top_k, expert_parallel_size) * (moe.latent_size or config.hidden_size)
+    elif moe.latent_size is not None:
+        numbers += moe.latent_size
+    return len(config.sparse_layers) * numbers * {"fp32": 4, "bf16": 2}[precision]
 
 
 def _short(number: int) -> str:

@@ -63,16 +63,21 @@ class GroupedExperts(torch.autograd.Function):
         h_RF = unit.scale(activated_RF, up_RF, torch.empty_like(activated_RF))
         grad_h_RF = F.grouped_mm(grad_out_RD, down, offs=ends)
         grad_weights_R = torch.mul(grad_h_RF, h_RF).sum(1, dtype=torch.float32)
-        grad_down = F.grouped_mm(grad_out_RD.t(), h_RF.mul_(weight_R1), offs=ends)
+        needs_gate_up, needs_gate_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[2:6]
+        grad_down = grad_gate_up = None
+        if needs_down:
+            grad_down = F.grouped_mm(grad_out_RD.t(), h_RF.mul_(weight_R1), offs=ends)
         grad_gate_up_bias = grad_down_bias = None
         if down_bias is not None:
             grad_weights_R += (grad_out_RD * down_bias[expert_of_row_R]).sum(1, dtype=torch.float32)
+        if needs_down_bias:
             grad_down_bias = _sum_by_expert(grad_out_RD * weight_R1, expert_of_row_R, down_bias)
         grad_both_R2F = torch.empty_like(both_R2F)
         grad_h_RF.mul_(weight_R1)
         unit.backward(gate_RF, up_RF, activated_RF, grad_h_RF, *grad_both_R2F.chunk(2, dim=1))
-        grad_gate_up = F.grouped_mm(grad_both_R2F.t(), x_RD, offs=ends)
-        if gate_up_bias is not None:
+        if needs_gate_up:
+            grad_gate_up = F.grouped_mm(grad_both_R2F.t(), x_RD, offs=ends)
+        if needs_gate_up_bias:
             grad_gate_up_bias = _sum_by_expert(grad_both_R2F, expert_of_row_R, gate_up_bias)
         grad_source_MD = sum_rows(F.grouped_mm(grad_both_R2F, gate_up, offs=ends), copies)
         grads = (grad_gate_up, grad_gate_up_bias, grad_down, grad_down_bias)

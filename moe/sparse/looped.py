@@ -88,13 +88,15 @@ class LoopedExperts(torch.autograd.Function):
         grad_MD = grad_MD.contiguous()
         grad_weights_P = torch.empty_like(weights_P)
         spare: Spare = ctx.spare
-        grad_gate_up = spare.empty("gate_up", gate_up.shape, gate_up)
-        grad_down = spare.empty("down", down.shape, down)
-        grad_gate_up_bias = None if gate_up_bias is None else torch.zeros_like(gate_up_bias)
-        grad_down_bias = None if down_bias is None else torch.zeros_like(down_bias)
+        needs_gate_up, needs_gate_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[2:6]
+        grad_gate_up = spare.empty("gate_up", gate_up.shape, gate_up) if needs_gate_up else None
+        grad_down = spare.empty("down", down.shape, down) if needs_down else None
+        grad_gate_up_bias = torch.zeros_like(gate_up_bias) if needs_gate_up_bias else None
+        grad_down_bias = torch.zeros_like(down_bias) if needs_down_bias else None
         for e in (e for e, count in enumerate(padded.rows_per_bucket) if not count):
-            grad_gate_up[e].zero_()
-            grad_down[e].zero_()
+            for grad in (grad_gate_up, grad_down):
+                if grad is not None:
+                    grad[e].zero_()
 
         def work(desk: Desk, e: int, rows: _Rows) -> None:
             x = desk.copies("x", source_MD, rows.source)
@@ -107,11 +109,14 @@ class LoopedExperts(torch.autograd.Function):
             grad_out = desk.copies("out", grad_MD, rows.source)
             grad_h = desk.multiply(grad_out, desk.weight(down[e]), desk.room("grad_hidden"))
             h, grad_both = desk.differentiate(unit, both, rows.weight, grad_h, rows.grad_weight)
-            desk.write(grad_out.t(), h, out=grad_down[e])
-            if down_bias is not None and grad_down_bias is not None:
+            if grad_down is not None:
+                desk.write(grad_out.t(), h, out=grad_down[e])
+            if down_bias is not None:
                 rows.grad_weight.add_(torch.mv(grad_out, down_bias[e].to(grad_out.dtype)))
+            if grad_down_bias is not None:
                 grad_down_bias[e] = torch.mv(grad_out.t(), rows.weight.to(grad_out.dtype))
-            desk.write(grad_both.t(), x, out=grad_gate_up[e])
+            if grad_gate_up is not None:
+                desk.write(grad_both.t(), x, out=grad_gate_up[e])
             if grad_gate_up_bias is not None:
                 grad_gate_up_bias[e] = grad_both.sum(0)
             desk.add(rows.source, desk.multiply(grad_both, desk.weight(gate_up[e]), grad_out))

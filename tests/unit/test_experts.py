@@ -166,6 +166,23 @@ def test_grouped_gemm_equals_the_loop(load: str, unit: str, bias: bool, recomput
     _compare(found, _run(_loop(torch.float32), experts, LOADS[load]), 1e-4)
 
 
+@pytest.mark.parametrize("node", [_loop(torch.float32), GROUPED], ids=["loop", "grouped"])
+@pytest.mark.parametrize("frozen", ["gate_up", "gate_up_bias", "down", "down_bias", "all"])
+def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: str, node: Any) -> None:
+    experts = _experts(UNITS["gpt_oss"], True, torch.float32)
+    right = _run(node, experts, LOADS["uneven"])
+    experts.zero_grad()
+    for name, parameter in experts.named_parameters():
+        parameter.requires_grad_(frozen not in (name, "all"))
+    found = _run(node, experts, LOADS["uneven"])
+    for name, value in found.items():
+        if name in dict(experts.named_parameters()) and frozen in (name, "all"):
+            assert value is None, name
+        else:
+            assert value is not None, name
+            assert torch.equal(value, right[name]), name  # type: ignore[arg-type]  # not None: all were trained
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     ("products", "error"), [(torch.bfloat16, 2e-2), (torch.float32, 5e-3)], ids=["bf16", "float32"]

@@ -298,13 +298,13 @@ def test_what_experts_keep_for_backward_is_what_is_stated(
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
             model(ids, labels)
         kept.append(sum(tensor.untyped_storage().nbytes() for tensor in storages.values()))
-    stated = kept_by_experts(config, precision, "none")
+    stated = kept_by_experts(config, precision, "none") - kept_by_experts(config, precision, "experts")
     fill = 0
     if config.moe is not None and fillers:
         a_row = stated // len(config.sparse_layers) // config.moe.top_k if config.sparse_layers else 0
         fill = a_row * fillers * len(config.sparse_layers) * config.moe.num_experts
     assert 0 <= kept[0] - kept[1] - stated * ids.numel() <= fill
-    assert kept_by_experts(config, precision, "experts") == 0
+    assert kept_by_experts(config, precision, "block") == 0
 
 
 def test_experts_are_initialised_alike_at_any_expert_parallel_size() -> None:
