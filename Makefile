@@ -2,6 +2,8 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
+# What `make bench` times: small, olmoe, qwen3-30b-a3b.
+BENCH_SHAPES ?= small
 # Tests and the demo need no network once the packages are there.
 OFFLINE := HF_HUB_OFFLINE=1 HF_DATASETS_OFFLINE=1 TOKENIZERS_PARALLELISM=false
 
@@ -25,14 +27,13 @@ venv: .venv/ready  ## The virtual environment with the locked packages
 demo: venv  ## Text to Hugging Face checkpoint in one go, small: under 10 minutes on 2 cores, installing included
 	$(OFFLINE) $(BIN)/turnout demo
 
-SHAPES ?= small
-bench: venv  ## The sparse layer beside its peers, on CPU: tables, and figures in runs/bench; a quarter of an hour on a quiet machine (SHAPES="small olmoe": an hour)
+bench: venv  ## The sparse layer beside its peers, on CPU, figures in runs/bench: 20 minutes; BENCH_SHAPES="small olmoe": an hour
 	@mkdir -p runs/bench
-	@for shape in $(SHAPES); do for dtype in fp32 bf16; do for threads in 1 2; do for allocator in default tuned; do \
+	@for shape in $(BENCH_SHAPES); do for dtype in fp32 bf16; do for threads in 1 2; do for allocator in default tuned; do \
 	  $(OFFLINE) $(BIN)/python -m moe.bench.layer --shape $$shape --dtype $$dtype --threads $$threads \
 	    --allocator $$allocator --json runs/bench/$$shape-$$dtype-$$threads-$$allocator.json || exit 1; \
 	done; done; done; done
-	@$(BIN)/python -m moe.bench.columns runs/bench/*.json
+	@$(OFFLINE) $(BIN)/python -m moe.bench.columns $(foreach shape,$(BENCH_SHAPES),runs/bench/$(shape)-*.json)
 
 study: venv  ## Dense against sparse at equal cost, and balancing policies: hours on 2 cores; goes on if stopped
 	$(OFFLINE) $(BIN)/python -m moe.bench.study configs/study/study.yaml

@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 def preflight(run: RunConfig, world_size: int, *, elsewhere: bool = False) -> TokenData:
     """All that can be refused before a process starts: layout, data, run folder. Loads no DeepSpeed.
 
-    `elsewhere`: ranks will be on other machines, which look for what has to be installed themselves.
+    `elsewhere`: ranks will be on other machines, and look there for what must be installed.
 
     Raises `ConfigError`, `DataError` or `CheckpointError`.
     """
@@ -251,7 +251,7 @@ def _announce(run: RunConfig, sources: "Sources", ranks: dist.Ranks, state: "Tra
         say(
             "routed experts keep %d bytes of activations per token for backward%s, %.3g GB a micro-batch",
             kept,
-            " at most" if ep > 1 else "",
+            " at most, the mean over ranks" if ep > 1 else "",
             kept * run.train.micro_batch_size * run.data.sequence_length / sharing / 1e9,
         )
     say(

@@ -1,11 +1,11 @@
-"""Figures of several runs of the layer's bench -> one table for each shape and dtype: a column for each run.
+"""Figures of several runs of the layer's bench -> a table for all of one subject: a column for each of them.
 
 `python -m moe.bench.columns runs/bench/*.json`
 """
 
 import json
 from collections.abc import Iterable, Sequence
-from itertools import groupby
+from itertools import groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -28,30 +28,38 @@ def command(files: tuple[Path, ...]) -> None:
 def read(path: Path) -> Page:
     """Raises `ConfigError`: no such figures there."""
     try:
-        page = json.loads(path.read_text(encoding="utf-8"))
-        for part in ("machine", "case", "lines"):
-            page[part]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        page: Page = json.loads(path.read_text(encoding="utf-8"))
+        _table(_subject(page), [page])
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise ConfigError(
             f"{path} holds no figures of the layer's bench ({error!r}). Name files that its --json wrote."
         ) from None
-    checked: Page = page
-    return checked
+    return page
 
 
 def tables(pages: Sequence[Page]) -> list[str]:
-    """One for each shape, dtype and routing; columns by threads and allocator."""
+    """One for each subject; columns by threads and allocator. Raises `ConfigError`: two runs for one column."""
+    ordered = sorted(pages, key=lambda page: (_subject(page), _column(page)))
+    for one, next_one in pairwise(ordered):
+        if (_subject(one), _column(one)) == (_subject(next_one), _column(next_one)):
+            raise ConfigError(
+                f"two files have {_subject(one)} with {_threads(_column(one)[0])} and the {_column(one)[1]} allocator: "
+                f"one column cannot hold both. Leave one out."
+            )
+    return [_table(name, list(group)) for name, group in groupby(ordered, key=_subject)]
 
-    def subject(page: Page) -> str:
-        case = page["case"]
-        sizes = ", ".join(f"{name} {size}" for name, size in case["shape"].items())
-        return f"{case['dtype']}, {case['routing']} routing, {sizes}, {case['rounds']} rounds"
 
-    def column(page: Page) -> tuple[int, str]:
-        return page["machine"]["threads"], page["machine"]["allocator"]
+def _subject(page: Page) -> str:
+    """What has to be the same for ratios to stand side by side."""
+    case, machine = page["case"], page["machine"]
+    sizes = ", ".join(f"{name} {size}" for name, size in case["shape"].items())
+    batches = "" if case["batches"] == "same" else f"{case['batches']} batches, "
+    where = machine["gpu"] if case["device"] == "cuda" else machine["cpu"]
+    return f"{case['dtype']}, {case['routing']} routing, {batches}{sizes}, {case['rounds']} rounds, {where}"
 
-    ordered = sorted(pages, key=lambda page: (subject(page), column(page)))
-    return [_table(name, list(group)) for name, group in groupby(ordered, key=subject)]
+
+def _column(page: Page) -> tuple[int, str]:
+    return page["machine"]["threads"], page["machine"]["allocator"]
 
 
 def _table(subject: str, pages: Sequence[Page]) -> str:

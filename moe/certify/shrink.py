@@ -17,12 +17,13 @@ def shrink(run: RunConfig, world_size: int) -> RunConfig:
     """`run` with small sizes, for any layout of up to `world_size` ranks that its experts allow.
 
     Every switch stays as it is; numbers that act only at some size are scaled with it: the initial weights, so that
-    activations keep their size; the clip and the experts' cap, so that they act.
+    activations keep their size; the clip, the experts' cap and their capacity, so that they act.
     """
     page = run.model_dump()
     page["model"] = _model(run.model, world_size)
     page["data"]["sequence_length"] = min(run.data.sequence_length, LENGTH)
     page["train"] = _train(run, world_size)
+    page["balance"] |= _capacity(run, page["model"])
     page["checkpoint"] = {}
     page["logging"] = {}
     page["parallel"] = {}
@@ -111,6 +112,15 @@ def _experts(page: dict[str, Any], moe: MoEConfig, world_size: int) -> dict[str,
         if not shape_faults(small):
             return {**sizes, **shape}
     return sizes
+
+
+def _capacity(run: RunConfig, small: dict[str, Any]) -> dict[str, float]:
+    """As far below the greatest load that there can be as it was, if it would be above."""
+    moe, factor = run.model.moe, run.balance.capacity_factor
+    if moe is None or factor is None:
+        return {}
+    most, was = small["moe"]["num_experts"] / small["moe"]["top_k"], moe.num_experts / moe.top_k
+    return {} if factor < most else {"capacity_factor": factor * most / was}
 
 
 def _expert_counts(moe: MoEConfig, world_size: int) -> list[dict[str, int]]:

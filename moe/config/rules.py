@@ -247,7 +247,8 @@ def _balance(run: RunConfig) -> list[str]:
             f"balance.drop_by is {balance.drop_by}, but there is no capacity_factor, so nothing is dropped. "
             f"Remove it, or set balance.capacity_factor."
         )
-    if balance.capacity_factor is not None and balance.capacity_factor * moe.top_k >= moe.num_experts:
+    chosen = moe.router_choice == "token"
+    if chosen and balance.capacity_factor and balance.capacity_factor * moe.top_k >= moe.num_experts:
         faults.append(
             f"balance.capacity_factor is {balance.capacity_factor:g}, but with top_k {moe.top_k} of {moe.num_experts} "
             f"experts no load can be more than {moe.num_experts / moe.top_k:g} times the mean, so nothing would ever "
@@ -266,8 +267,8 @@ def _equal_loads(balance: BalanceConfig, chosen: str) -> list[str]:
     }
     return [
         f"balance.{key} is {getattr(balance, key)}, but model.moe.router_choice is {chosen}: experts of a micro-batch "
-        f"have equal loads by construction, and nothing else is to balance or limit them. Set balance.{key}={none}, "
-        f"or use router_choice token."
+        f"have equal loads by construction, so there is nothing to balance or to limit. Set balance.{key}={none}, or "
+        f"use router_choice token."
         for key, none in off.items()
         if getattr(balance, key)
     ]

@@ -105,8 +105,9 @@ def kept_by_experts(
 
     The pre-activations of gate and up, 2 F for each of K choices, unless experts compute them again. What experts read
     is kept too where it is nobody else's: the token in its latent width, or, with expert parallelism, a copy for each
-    rank that it visits, K at most. Nothing where whole blocks are computed again. Outputs are not kept at all. Rows
-    that fill up an expert's share (see `moe.sparse.padded`: one in 32, or 7, at most) are not in it.
+    rank that it visits, K at most; a rank whose experts are in demand has more than the mean. Nothing where whole
+    blocks are computed again. Outputs are not kept by experts at all. Rows that fill up an expert's share (see
+    `moe.sparse.padded`: one in 32, or 7, at most) are not in it.
     """
     moe = config.moe
     if moe is None or recompute == "block":

@@ -53,7 +53,9 @@ class GroupedExperts(torch.autograd.Function):
     def backward(ctx: Any, grad_MD: Tensor) -> tuple[Tensor | None, ...]:
         source_MD, weights_R, both_R2F, gate_up, gate_up_bias, down, down_bias = ctx.saved_tensors
         copies, unit, ends, expert_of_row_R = ctx.copies, ctx.unit, ctx.ends, ctx.expert_of_row_R
-        x_RD = source_MD.index_select(0, copies.source_of_row_R)
+        needs_gate_up, needs_gate_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[2:6]
+        if needs_gate_up or both_R2F is None:
+            x_RD = source_MD.index_select(0, copies.source_of_row_R)
         if both_R2F is None:
             both_R2F = _linear(x_RD, gate_up, gate_up_bias, ends, expert_of_row_R)
         weight_R1 = weights_R.unsqueeze(1)
@@ -63,7 +65,6 @@ class GroupedExperts(torch.autograd.Function):
         h_RF = unit.scale(activated_RF, up_RF, torch.empty_like(activated_RF))
         grad_h_RF = F.grouped_mm(grad_out_RD, down, offs=ends)
         grad_weights_R = torch.mul(grad_h_RF, h_RF).sum(1, dtype=torch.float32)
-        needs_gate_up, needs_gate_up_bias, needs_down, needs_down_bias = ctx.needs_input_grad[2:6]
         grad_down = grad_gate_up = None
         if needs_down:
             grad_down = F.grouped_mm(grad_out_RD.t(), h_RF.mul_(weight_R1), offs=ends)
@@ -99,10 +100,16 @@ def _linear(x_RD: Tensor, weight: Tensor, bias: Tensor | None, ends: Tensor, exp
     return y if bias is None else y.add_(bias[expert])
 
 
+_PART = 8192
+"""Rows that are widened at a time."""
+
+
 def _sum_by_expert(rows: Tensor, expert_of_row_R: Tensor, bias: Tensor) -> Tensor:
     """As `bias` [e, width]: an expert's rows added up, in float32 at least, so that bf16 rounds once."""
     wide = torch.promote_types(bias.dtype, torch.float32)
-    sums = torch.zeros_like(bias, dtype=wide).index_add_(0, expert_of_row_R, rows.to(wide))
+    sums = torch.zeros_like(bias, dtype=wide)
+    for part, expert in zip(rows.split(_PART), expert_of_row_R.split(_PART), strict=True):
+        sums.index_add_(0, expert, part.to(wide))
     return sums.to(bias.dtype)
 
 

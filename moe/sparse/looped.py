@@ -99,7 +99,8 @@ class LoopedExperts(torch.autograd.Function):
                     grad[e].zero_()
 
         def work(desk: Desk, e: int, rows: _Rows) -> None:
-            x = desk.copies("x", source_MD, rows.source)
+            if needs_gate_up or rows.gate_up is None:
+                x = desk.copies("x", source_MD, rows.source)
             if rows.gate_up is None:
                 both = _linear(desk, x, gate_up[e], gate_up_bias, e, desk.room("gate_up"))
                 if both.dtype != source_MD.dtype:

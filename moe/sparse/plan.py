@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from moe.config.numbers import choice, divisors
 from moe.errors import ConfigError
 from moe.sparse.collectives import exchange_counts
 from moe.sparse.copies import Copies, copies_of
@@ -29,7 +30,7 @@ class ExpertLayout:
         if self.size < 1 or self.num_experts % self.size:
             raise ConfigError(
                 f"expert_parallel_size is {self.size}, but {self.num_experts} experts cannot be shared equally by so "
-                f"many ranks. Use a divisor of {self.num_experts}."
+                f"many ranks. Use {choice(divisors(self.num_experts))}."
             )
         if not 0 <= self.rank < self.size:
             raise ConfigError(

@@ -38,9 +38,9 @@ class Products:
     def of(cls, like: Tensor, rows: int, weight: Tensor) -> "Products":
         """For so many rows `like` these, times a matrix as big as `weight`, where they lie."""
         dtype = product_dtype(like)
-        known = like.device.type == "cpu" and dtype == torch.float32
+        free = like.device.type == "cpu" and dtype == torch.float32
         big = rows >= LEAST_ROWS and weight.numel() >= LEAST_WEIGHT
-        return cls(dtype, known and big and bool(torch.backends.mkldnn.enabled) and onednn_is_faster())
+        return cls(dtype, free and big and bool(torch.backends.mkldnn.enabled) and onednn_is_faster())
 
     @property
     def kernel_per_size(self) -> bool:
@@ -48,7 +48,7 @@ class Products:
         return self.by_onednn or self.dtype == torch.bfloat16
 
     def for_backward(self) -> "Products":
-        """These; but with create_graph=True, where gradients are differentiated, those that torch knows to."""
+        """These; but with create_graph=True those by torch.mm, which torch knows how to differentiate."""
         return Products(self.dtype) if torch.is_grad_enabled() else self
 
     def multiply(self, a: Tensor, b: Tensor, room: Tensor | None = None) -> Tensor:
@@ -60,11 +60,11 @@ class Products:
         if not self.by_onednn:
             torch.mm(a, b, out=out)
             return
-        for rows, to in _in_blocks(a.contiguous(), out):  # laid out in one go, which is faster
+        for rows, to in _in_blocks(a.contiguous(), out):  # faster than block by block
             to.copy_(_by_onednn(rows, b))
 
     def add(self, a: Tensor, b: Tensor, onto: Tensor) -> None:
-        """`a` [n, k] times `b` [k, m], added to `onto` [n, m], which may be wider."""
+        """`a` [n, k] times `b` [k, m], added to `onto` [n, m], which may be wider; without a copy of all of `a`."""
         if self.by_onednn:
             for rows, to in _in_blocks(a, onto):
                 to += _by_onednn(rows, b)
@@ -103,13 +103,10 @@ def onednn_is_faster() -> bool:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        with torch.no_grad():
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
             return all(_wins_a_trial(transposed) for transposed in (False, True))
-    except (
-        AttributeError,
-        RuntimeError,
-    ) as error:  # this torch has the operation not, or not for this processor
-        log.get().warning("float32 is multiplied by torch.mm, since oneDNN cannot: %s", error)
+    except (AttributeError, RuntimeError) as error:  # of a torch without the operation, or of oneDNN
+        log.get().info("float32 is multiplied by torch.mm, since oneDNN cannot: %s", error)
         return False
     finally:
         torch.set_num_threads(threads)

@@ -80,11 +80,15 @@ def sparse_layer(
 
     Capacities, experts that choose and turns count within each of the `micro_batches` equal parts of the batch, which
     also consists of so many equal `sequences`; `jitter_TD` are factors on what the router sees. Raises `ValueError`
-    unless every tensor is float64.
+    unless every tensor is float64 and the parts are equal.
     """
     tensors = [x_TD, *(t for t in vars(weights).values() if t is not None)]
     if any(t.dtype != torch.float64 for t in tensors):
         raise ValueError("the reference is defined in float64: convert x and every weight with .double()")
+    if len(x_TD) % micro_batches or len(x_TD) % sequences:
+        raise ValueError(
+            f"{len(x_TD)} tokens are not {micro_batches} equal micro-batches and {sequences} equal sequences"
+        )
     mask = [True] * len(x_TD) if mask_T is None else mask_T.tolist()
     seen_TD = x_TD if jitter_TD is None else x_TD * jitter_TD
     scored = [_score(x, weights, config) for x in seen_TD]
@@ -106,7 +110,7 @@ def sparse_layer(
     zero = x_TD.sum() * 0
 
     def balance(tokens: list[int]) -> Tensor:
-        return _balance(tokens, scored, visits, config.num_experts) if tokens else zero
+        return _balance(tokens, scored, visits, config) if tokens else zero
 
     by_sequence = [balance(tokens) for tokens in _parts(mask, sequences) if tokens]
     return ReferenceOutput(
@@ -243,11 +247,11 @@ def _shared(x: Tensor, weights: ReferenceWeights) -> Tensor:
     return y
 
 
-def _balance(tokens: list[int], scored: list[_Scored], visits: list[list[int]], num_experts: int) -> Tensor:
+def _balance(tokens: list[int], scored: list[_Scored], visits: list[list[int]], config: MoEConfig) -> Tensor:
     """E sum_i f_i P_i: f_i is the share of these tokens' choices that fell on expert i, P_i its mean probability."""
     chosen = [expert for token in tokens for expert in visits[token]]
     probability_E = torch.stack([scored[token].probabilities_E for token in tokens]).mean(0)
     total = torch.zeros((), dtype=torch.float64)
-    for expert in range(num_experts):
-        total = total + chosen.count(expert) / len(chosen) * probability_E[expert]
-    return num_experts * total
+    for expert in range(config.num_experts):
+        total = total + chosen.count(expert) / (len(tokens) * config.top_k) * probability_E[expert]
+    return config.num_experts * total

@@ -206,15 +206,22 @@ class _Logits(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x_TD: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TD, weight_ED)
+        needs_x, needs_weight = ctx.needs_input_grad
+        ctx.save_for_backward(x_TD if needs_weight else None, weight_ED if needs_x else None)
+        ctx.dtypes = x_TD.dtype, weight_ED.dtype
         wide_TD = x_TD.to(torch.promote_types(x_TD.dtype, torch.float32))
         ctx.products = Products.of(wide_TD, len(wide_TD), weight_ED)
         logits_TE: Tensor = ctx.products.multiply(wide_TD, weight_ED.to(wide_TD.dtype).t())
         return logits_TE
 
     @staticmethod
-    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, grad_TE: Tensor) -> tuple[Tensor | None, Tensor | None]:
         x_TD, weight_ED = ctx.saved_tensors
         products: Products = ctx.products.for_backward()
-        grad_x_TD = products.multiply(grad_TE, weight_ED.to(grad_TE.dtype)).to(x_TD.dtype)
-        return grad_x_TD, products.multiply(grad_TE.t(), x_TD.to(grad_TE.dtype)).to(weight_ED.dtype)
+        dtype, weight_dtype = ctx.dtypes
+        grad_x_TD = grad_weight_ED = None
+        if weight_ED is not None:
+            grad_x_TD = products.multiply(grad_TE, weight_ED.to(grad_TE.dtype)).to(dtype)
+        if x_TD is not None:
+            grad_weight_ED = products.multiply(grad_TE.t(), x_TD.to(grad_TE.dtype)).to(weight_dtype)
+        return grad_x_TD, grad_weight_ED

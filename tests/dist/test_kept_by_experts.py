@@ -15,8 +15,8 @@ from tests.harness import run_ranks
 TOKENS, HIDDEN = 400, 48
 
 
-def _config(latent: int | None) -> ModelConfig:
-    moe = MoEConfig(num_experts=8, top_k=2, expert_intermediate_size=16, latent_size=latent)
+def _config(latent: int | None, top_k: int) -> ModelConfig:
+    moe = MoEConfig(num_experts=8, top_k=top_k, expert_intermediate_size=16, latent_size=latent)
     attention = AttentionConfig(num_heads=4)
     return ModelConfig(vocab_size=50, hidden_size=HIDDEN, num_layers=1, attention=attention, moe=moe)
 
@@ -43,8 +43,8 @@ def _kept(layer: SparseMoE, x: Tensor) -> int:
 
 
 def _measure(rank: int, world_size: int) -> None:
-    for latent in (None, 12):
-        config = _config(latent)
+    for latent, top_k in ((None, 2), (12, 2), (None, 4)):
+        config = _config(latent, top_k)
         assert config.moe is not None
         for recompute in ("none", "experts"):
             group = dist.group.WORLD if world_size > 1 else None
@@ -58,9 +58,9 @@ def _measure(rank: int, world_size: int) -> None:
             if world_size > 1:
                 dist.all_reduce(kept)
             stated = kept_by_experts(config, "fp32", recompute, world_size) * TOKENS * world_size
-            assert int(kept) <= stated, (latent, recompute)
+            assert int(kept) <= stated, (latent, top_k, recompute)
             # On one rank to the byte; on several no token visits more ranks than it has choices, but some fewer.
-            assert int(kept) >= (1.0 if world_size == 1 else 0.7) * stated, (latent, recompute)
+            assert int(kept) >= (1.0 if world_size == 1 else 0.7) * stated, (latent, top_k, recompute)
             assert (stated == 0) == (world_size == 1 and recompute == "experts" and latent is None)
 
 

@@ -37,7 +37,7 @@ class Case:
     normalize: bool = True
     shared: int | None = None
     shared_gate: bool = False
-    masked: str = "none"  # none | some | rank (all of rank 0's tokens) | all
+    masked: str = "none"  # none | some | sequence (one of each rank) | rank (all of rank 0's tokens) | all
     routing: str = (
         "free"  # free | one (expert 2 is everybody's first choice) | starved (experts 4.. get none)
     )
@@ -103,6 +103,7 @@ CASES = [
     Case("raw weights", normalize=False),
     *(Case(f"{scope} loss alone", scopes=(scope,), masked="some") for scope in SCOPES),
     Case("no balancing loss", scopes=()),
+    Case("a sequence masked throughout", masked="sequence"),
     Case("top-1", top_k=1, normalize=False),
     Case("all experts", top_k=8),
     Case("shared", shared=6),
@@ -232,6 +233,9 @@ def _batch(case: Case, world_size: int) -> tuple[Tensor, Tensor | None, Tensor]:
             return x, None, grad
         case "some":
             mask[::3] = False
+        case "sequence":  # the first of each rank
+            here = case.tokens // world_size
+            mask.view(world_size, here)[:, : here // case.sequences(world_size)] = False
         case "rank":
             mask[: case.tokens // world_size] = world_size == 1
         case "all":
@@ -376,7 +380,7 @@ def test_layer_equals_reference_on_several_ranks(world_size: int, ep: int, tmp_p
 def test_every_combination_of_switches_equals_reference(world_size: int, ep: int, tmp_path: Path) -> None:
     """Score x normalisation x groups x bias x capacity x shared expert, and who chooses: 252 on 1, 2 and 4 ranks.
 
-    With balancing losses of all scopes at once, each by a weight of its own.
+    With balancing losses of all scopes at once, each by a weight of its own; where experts choose, with the z-loss.
     """
     assert len(COMBINATIONS) == 216 + 36
     run_ranks(_check, world_size, tmp_path, world_size, ep, COMBINATIONS)

@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 from click.testing import CliRunner
 
 from moe.bench.columns import command, read, tables
+from moe.errors import ConfigError
 
 HOUSE = Path(__file__).parents[2]
 
@@ -22,8 +24,17 @@ def _page(threads: int, dtype: str = "fp32", **ratios: float) -> dict[str, Any]:
         }
         for name, ratio in ratios.items()
     ]
-    case = {"dtype": dtype, "routing": "real", "shape": {"tokens": 8, "hidden": 16}, "rounds": 3}
-    return {"machine": {"threads": threads, "allocator": "default"}, "case": case, "lines": lines}
+    shape = {"tokens": 8, "hidden": 16}
+    case = {
+        "dtype": dtype,
+        "routing": "real",
+        "shape": shape,
+        "rounds": 3,
+        "batches": "same",
+        "device": "cpu",
+    }
+    machine = {"threads": threads, "allocator": "default", "cpu": "Zen", "gpu": None}
+    return {"machine": machine, "case": case, "lines": lines}
 
 
 def test_runs_of_one_subject_stand_side_by_side() -> None:
@@ -33,7 +44,7 @@ def test_runs_of_one_subject_stand_side_by_side() -> None:
         _page(1, "bf16", dense_limit=1.0, turnout=1.3),
     ]
     bf16, fp32 = tables(pages)
-    assert bf16.startswith("bf16, real routing, tokens 8, hidden 16, 3 rounds:")
+    assert bf16.startswith("bf16, real routing, tokens 8, hidden 16, 3 rounds, Zen:")
     assert fp32.splitlines()[2:] == [
         "|  | 1 thread, default | 2 threads, default | MiB |",
         "| --- | --- | --- | --- |",
@@ -44,8 +55,19 @@ def test_runs_of_one_subject_stand_side_by_side() -> None:
     ]
 
 
+def test_what_differs_stands_in_another_table_and_nothing_stands_twice() -> None:
+    one, other, third = (_page(1, dense_limit=1.0, turnout=1.1) for _ in range(3))
+    other["case"]["batches"] = "new"
+    third["machine"]["cpu"] = "Skylake"
+    assert len(tables([one, other, third])) == 3
+    with pytest.raises(ConfigError, match="1 thread and the default allocator: one column cannot hold both"):
+        tables([one, _page(1, dense_limit=1.0, turnout=1.3)])
+
+
 def test_what_holds_no_figures_is_refused_in_a_sentence(tmp_path: Path) -> None:
-    for name, text in {"words": "none", "other": json.dumps({"case": {}}), "list": "[]"}.items():
+    torn = _page(1, dense_limit=1.0, turnout=1.1)
+    del torn["lines"][0]["ratio_quartiles"], torn["machine"]["allocator"]
+    for name, text in {"words": "none", "other": json.dumps(torn), "list": "[]"}.items():
         (tmp_path / name).write_text(text)
     for name in ("words", "other", "list", "absent"):
         done = CliRunner().invoke(command, [str(tmp_path / name)])

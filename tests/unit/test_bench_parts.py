@@ -73,7 +73,9 @@ def test_the_dense_block_is_the_limits_layer() -> None:
     answers = []
     for contender in (Dense(problem), DenseBlock(problem)):
         x_TD = step.leaf(problem, contender)
-        answers.append((step.step(contender, x_TD, problem.grad_TD), x_TD.grad))
+        y_TD = step.step(contender, x_TD, problem.grad_TD)
+        gate_up_down = torch.cat([parameter.grad.flatten() for parameter in contender.parameters()])
+        answers.append((y_TD, x_TD.grad, gate_up_down))
     for limit, ours in zip(*answers, strict=True):
         torch.testing.assert_close(ours, limit)
 

@@ -159,7 +159,11 @@ def _sparse(draw: st.DrawFn, first_k_dense: int) -> tuple[dict[str, Any], dict[s
         "global_batch_loss_weight": draw(st.sampled_from([0.0, 0.01])) if free else 0.0,
         "bias_update_rate": 0.01 if bias else 0.0,
         "router_jitter": draw(st.sampled_from([0.0, 0.1])),
-        "capacity_factor": draw(_or_none(st.just(1.25))) if free and 1.25 * top_k < experts else None,
+        "capacity_factor": draw(
+            _or_none(st.sampled_from([0.3, 0.6, 0.99]).map(lambda share: share * experts / top_k))
+        )
+        if free
+        else None,
     }
     return moe, balance
 
@@ -190,7 +194,7 @@ def _switches(run: RunConfig) -> object:
         {key: getattr(model, key) for key in KEPT[ModelConfig]},
         {key: getattr(attention, key) for key in KEPT[AttentionConfig]},
         ({1: "one", heads: "all"}.get(attention.num_kv_heads or heads, "some"), attention.head_dim is None),
-        run.balance,
+        run.balance.model_copy(update={"capacity_factor": run.balance.capacity_factor is not None}),
         run.deepspeed,
         run.seed,
         run.train.guard.non_finite,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moe.config import MoEConfig
-from moe.sparse import SparseMoE
+from moe.sparse import SparseMoE, grouped
 from moe.sparse.activation import GatedUnit
 from moe.sparse.copies import Copies, copies_of
 from moe.sparse.desk import Desk
@@ -159,28 +159,46 @@ def test_the_loop_in_float32_is_near_the_formula(
 @pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
 @pytest.mark.parametrize("unit", UNITS)
 @pytest.mark.parametrize("load", LOADS)
-def test_grouped_gemm_equals_the_loop(load: str, unit: str, bias: bool, recompute: bool) -> None:
+def test_grouped_gemm_equals_the_loop(
+    load: str, unit: str, bias: bool, recompute: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(grouped, "_PART", 3)  # rows whose biases' gradients are added up at a time
     experts = _experts(UNITS[unit], bias, torch.float32, recompute)
     found = _run(GROUPED, experts, LOADS[load])
     experts.zero_grad()
     _compare(found, _run(_loop(torch.float32), experts, LOADS[load]), 1e-4)
 
 
-@pytest.mark.parametrize("node", [_loop(torch.float32), GROUPED], ids=["loop", "grouped"])
+@pytest.mark.parametrize(
+    "node",
+    [_loop(torch.float32), *(_loop(torch.float32, kind) for kind in COMPILED), GROUPED],
+    ids=["loop", *["compiled loop"] * len(COMPILED), "grouped"],
+)
 @pytest.mark.parametrize("frozen", ["gate_up", "gate_up_bias", "down", "down_bias", "all"])
-def test_what_is_frozen_gets_no_gradient_and_the_rest_the_same(frozen: str, node: Any) -> None:
+def test_of_what_is_frozen_no_gradient_is_made_and_the_rest_is_the_same(frozen: str, node: Any) -> None:
+    def made(experts: Experts) -> list[Tensor | None]:
+        """What the node's backward returns for its six tensors, before autograd drops what nobody needs."""
+        copies = copies_of(torch.tensor(LOADS["uneven"]), 4)
+        draw = torch.Generator().manual_seed(2)
+        source = torch.randn(5, 16, generator=draw).requires_grad_()
+        weights = torch.rand(10, generator=draw).requires_grad_()
+        y = node(experts, Rows(source, weights, copies))
+        assert y.grad_fn is not None
+        with torch.no_grad():
+            return list(y.grad_fn.apply(torch.ones_like(y)))[:6]  # type: ignore[attr-defined]  # a Function has it
+
     experts = _experts(UNITS["gpt_oss"], True, torch.float32)
-    right = _run(node, experts, LOADS["uneven"])
-    experts.zero_grad()
+    right = made(experts)
+    names = ["source", "weights", "gate_up", "gate_up_bias", "down", "down_bias"]
     for name, parameter in experts.named_parameters():
         parameter.requires_grad_(frozen not in (name, "all"))
-    found = _run(node, experts, LOADS["uneven"])
-    for name, value in found.items():
-        if name in dict(experts.named_parameters()) and frozen in (name, "all"):
-            assert value is None, name
+    for name, ours, theirs in zip(names, made(experts), right, strict=True):
+        assert theirs is not None, name
+        if name == frozen or (frozen == "all" and name in names[2:]):
+            assert ours is None, name
         else:
-            assert value is not None, name
-            assert torch.equal(value, right[name]), name  # type: ignore[arg-type]  # not None: all were trained
+            assert ours is not None, name
+            assert torch.equal(ours, theirs), name
 
 
 @pytest.mark.parametrize("kind", KINDS)

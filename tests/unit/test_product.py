@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from moe.config import MoEConfig
 from moe.model.head import Head
 from moe.sparse import product
 from moe.sparse.copies import copies_of
@@ -20,6 +21,7 @@ from moe.sparse.product import (
     onednn_is_faster,
     product_dtype,
 )
+from moe.sparse.router import Router
 from tests.onednn import BY_ONEDNN, needs_onednn
 
 Multiply = Callable[[Tensor, Tensor], Tensor]
@@ -68,7 +70,7 @@ def test_bf16_stays_on_other_devices() -> None:
 
 
 @pytest.mark.parametrize("by_onednn", BY_ONEDNN)
-def test_products_are_written_and_added_in_blocks(by_onednn: bool) -> None:
+def test_products_are_written_and_added(by_onednn: bool) -> None:
     products = Products(torch.float32, by_onednn)
     draw = torch.Generator().manual_seed(1)
     a, b = (
@@ -142,14 +144,30 @@ def test_it_does_not_where_torch_has_it_not_or_may_not_use_it(monkeypatch: pytes
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: True)
     like, weight = torch.empty(1), torch.empty(LEAST_WEIGHT)
     assert Products.of(like, LEAST_ROWS, weight).by_onednn
+    before = torch.backends.mkldnn.enabled
     torch.backends.mkldnn.enabled = False
     try:
         assert not Products.of(like, LEAST_ROWS, weight).by_onednn
     finally:
-        torch.backends.mkldnn.enabled = True
+        torch.backends.mkldnn.enabled = before
     onednn_is_faster.cache_clear()
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not Products.of(like, LEAST_ROWS, weight).by_onednn
+
+
+@needs_onednn
+@pytest.mark.usefixtures("untried")
+def test_the_trial_is_in_float32_under_autocast_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = []
+
+    def seconds(multiply: Multiply, a: Tensor, b: Tensor) -> float:
+        usual.append(multiply(a, b).dtype)
+        return 1.0
+
+    monkeypatch.setattr(product, "_seconds", seconds)
+    with torch.autocast("cpu", torch.bfloat16):
+        onednn_is_faster()
+    assert set(usual) == {torch.float32}
 
 
 @needs_onednn
@@ -172,6 +190,11 @@ def _through_loss(x: Tensor) -> Tensor:
     return Head(256, 256)(x, torch.zeros(len(x), dtype=torch.int64))
 
 
+def _through_router(x: Tensor) -> Tensor:
+    config = MoEConfig(num_experts=128, top_k=2, expert_intermediate_size=8)
+    return Router(256, config)(x).weights_TK.square().sum()
+
+
 def _through_experts(x: Tensor) -> Tensor:
     copies = copies_of((torch.arange(len(x)) % 2).unsqueeze(1), 2)  # half of the rows for each
     return Experts(256, 256, ExpertLayout(2))(Rows(x, torch.ones(len(x)), copies)).sum()
@@ -184,6 +207,7 @@ def _through_experts(x: Tensor) -> Tensor:
         (_through_linear, LEAST_ROWS, 3),
         (_through_logits, LEAST_ROWS, 3),
         (_through_loss, LEAST_ROWS, 3),
+        (_through_router, LEAST_ROWS, 3),
         (_through_experts, 2 * LEAST_ROWS, 2 * (2 + 2 + 3)),  # the last of which are blocks of two gradients
     ],
 )

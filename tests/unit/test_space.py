@@ -12,6 +12,7 @@ from moe.checkpoint.folder import File, Layout, Manifest, read_manifest, write_m
 from moe.config import RunConfig
 from moe.errors import CheckpointError, ConfigError
 from moe.model import Transformer
+from moe.sparse import deepep
 from tests.unit.corpus import raw_data
 
 Page = dict[str, Any]
@@ -116,13 +117,16 @@ def test_training_is_refused_before_it_starts(
     assert not run.folder.exists()
 
 
-def test_what_has_to_be_installed_is_looked_for_where_ranks_will_be(tiny_page: Page, tmp_path: Path) -> None:
+def test_what_has_to_be_installed_is_looked_for_where_ranks_will_be(
+    tiny_page: Page, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A machine that hands a job to others may have no GPU, and no kernels for one."""
     raw_data(tmp_path / "data", {"train": [[2, 3, 4] * 30 + [0]]}, vocab_size=500)
     tiny_page["data"]["path"] = str(tmp_path / "data")
     tiny_page["train"]["precision"] = "bf16"
     tiny_page["parallel"] = {"expert_parallel_size": 2, "dispatch": "deepep"}
     run = RunConfig.model_validate({**tiny_page, "run_dir": str(tmp_path / "run")})
+    monkeypatch.setattr(deepep, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"deep_ep is not installed.*parallel\.dispatch=all_to_all"):
         train.preflight(run, 2)
     assert train.preflight(run, 2, elsewhere=True).num_tokens("train")
