@@ -229,7 +229,7 @@ def _take_folder(run: RunConfig, data: TokenData, state: "TrainState", lock: Exi
 def _announce(run: RunConfig, sources: "Sources", ranks: dist.Ranks, state: "TrainState") -> None:
     if not ranks.speaks:
         return
-    from moe.model import count, kept_by_experts, lora
+    from moe.model import count, kept_sentence, lora
 
     say = log.get().info
     sharing, zero = run.parallel.sequence_parallel_size, run.parallel.zero_stage
@@ -244,16 +244,8 @@ def _announce(run: RunConfig, sources: "Sources", ranks: dist.Ranks, state: "Tra
     if run.lora is not None:
         total = count(run.model, run.data.sequence_length).total_parameters
         say("%s", lora.sentence(lora.trained(run.model, run.lora), total))
-    adapted = run.lora is not None and "experts" in run.lora.targets  # by autograd, which keeps what it likes
-    if run.model.moe is not None and not adapted:
-        recompute, ep = run.train.activation_recomputation, run.parallel.expert_parallel_size
-        kept = kept_by_experts(run.model, run.train.precision, recompute, ep)
-        say(
-            "routed experts keep %d bytes of activations per token for backward%s, %.3g GB a micro-batch",
-            kept,
-            " at most, the mean over ranks" if ep > 1 else "",
-            kept * run.train.micro_batch_size * run.data.sequence_length / sharing / 1e9,
-        )
+    if kept := kept_sentence(run):
+        say("%s", kept)
     say(
         "%d ranks on %s, EP %d, SP %d, ZeRO %d, %s, %d sequences of %d tokens a step in %d micro-batches a rank",
         ranks.world_size,

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from moe.config import ModelConfig
+from moe.config import ModelConfig, RunConfig
 from moe.config.model import Precision
 
 
@@ -118,6 +118,21 @@ def kept_by_experts(
     elif moe.latent_size is not None:
         numbers += moe.latent_size
     return len(config.sparse_layers) * numbers * {"fp32": 4, "bf16": 2}[precision]
+
+
+def kept_sentence(run: RunConfig) -> str:
+    """What a run's experts keep, in words; empty if it has none, or adapts them: autograd keeps more for those."""
+    if run.model.moe is None or (run.lora is not None and "experts" in run.lora.targets):
+        return ""
+    train, parallel = run.train, run.parallel
+    ep = parallel.expert_parallel_size
+    kept = kept_by_experts(run.model, train.precision, train.activation_recomputation, ep)
+    tokens = train.micro_batch_size * run.data.sequence_length / parallel.sequence_parallel_size
+    most = " at most, the mean over ranks" if ep > 1 else ""
+    return (
+        f"routed experts keep {kept} bytes of activations per token for backward{most}, "
+        f"{kept * tokens / 1e9:.3g} GB a micro-batch"
+    )
 
 
 def _short(number: int) -> str:

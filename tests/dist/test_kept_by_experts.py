@@ -1,5 +1,6 @@
 """What experts keep for backward, measured on one rank and on several, beside what is said at a run's start."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -8,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from moe.config import AttentionConfig, ModelConfig, MoEConfig
-from moe.model import kept_by_experts
+from moe.model import kept_by_experts, kept_sentence
 from moe.sparse import ExpertLayout, SparseMoE
+from tests.dist.layouts import tiny
 from tests.harness import run_ranks
 
 TOKENS, HIDDEN = 400, 48
@@ -67,3 +69,12 @@ def _measure(rank: int, world_size: int) -> None:
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_what_experts_keep_is_what_is_stated(world_size: int, tmp_path: Path) -> None:
     run_ranks(_measure, world_size, tmp_path, world_size)
+
+
+def test_a_run_says_what_its_experts_keep() -> None:
+    assert kept_sentence(tiny(model={"moe": None, "intermediate_size": 40})) == ""
+    alone, shared = (kept_sentence(tiny(parallel={"expert_parallel_size": ep})) for ep in (1, 2))
+    assert re.fullmatch(
+        r"routed experts keep \d+ bytes of activations per token for backward, \S+ GB a micro-batch", alone
+    )
+    assert "for backward at most, the mean over ranks, " in shared
