@@ -172,8 +172,10 @@ def _forms(moe: MoEConfig) -> list[str]:
         moe.router_choice != "token" or not moe.normalize_top_k or moe.selection_bias or moe.num_expert_groups
     ):
         faults.append(
-            "model.moe.router_score is sparsemixer: it takes the best experts in turn and normalises each among those "
-            "left, whatever else steers a choice. Use router_choice token, normalize_top_k true, and neither "
-            "selection_bias nor num_expert_groups."
+            f"model.moe.router_score is sparsemixer, router_choice is {moe.router_choice}, normalize_top_k is "
+            f"{moe.normalize_top_k}, selection_bias is {moe.selection_bias}, num_expert_groups is "
+            f"{moe.num_expert_groups}: sparsemixer takes the best experts in turn and normalises each among those left, "
+            f"whatever else steers a choice. Use router_choice token, normalize_top_k true, and neither selection_bias "
+            f"nor num_expert_groups."
         )
     return faults

@@ -257,6 +257,23 @@ BROKEN: dict[str, tuple[list[str], list[str]]] = {
         ["balance.drop_by=position"],
         ["drop_by is position", "nothing is dropped", "capacity_factor"],
     ),
+    "a steepness that SwiGLU has not": (
+        ["model.moe.activation_alpha=1.5"],
+        ["activation_alpha is 1.5", "expert_activation is swiglu", "no effect", "Remove it, or use"],
+    ),
+    "a margin without its score": (
+        ["model.moe.sparsemixer_margin=0.2"],
+        ["router_score is softmax", "sparsemixer_margin is 0.2", "belong together", "Set both, or remove"],
+    ),
+    "sparsemixer steered otherwise": (
+        [
+            "model.moe.router_score=sparsemixer",
+            "model.moe.sparsemixer_margin=0.2",
+            "model.moe.selection_bias=true",
+            "balance.bias_update_rate=0.01",
+        ],
+        ["router_score is sparsemixer", "selection_bias is True", "Use router_choice token"],
+    ),
     "capacity that nothing can fill": (
         ["balance.capacity_factor=4"],
         ["capacity_factor is 4", "top_k 2 of 8", "more than 4 times the mean", "Use a smaller factor, or"],
