@@ -174,8 +174,8 @@ def _forms(moe: MoEConfig) -> list[str]:
         faults.append(
             f"model.moe.router_score is sparsemixer, router_choice is {moe.router_choice}, normalize_top_k is "
             f"{moe.normalize_top_k}, selection_bias is {moe.selection_bias}, num_expert_groups is "
-            f"{moe.num_expert_groups}: sparsemixer takes the best experts in turn and normalises each among those left, "
-            f"whatever else steers a choice. Use router_choice token, normalize_top_k true, and neither selection_bias "
-            f"nor num_expert_groups."
+            f"{moe.num_expert_groups}: sparsemixer takes the best experts in turn and normalises each among those "
+            f"left, whatever else steers a choice. Use router_choice token, normalize_top_k true, and neither "
+            f"selection_bias nor num_expert_groups."
         )
     return faults
